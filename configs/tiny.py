@@ -1,0 +1,17 @@
+"""A decoder for two CPU cores: 8 layers of width 128 on Python source, the depth rule as an argument.
+
+Command:  python train.py --config=configs/tiny.py:residual=block,seed=0 --workdir=runs/tiny_block
+"""
+
+from attnres_jax.config import arguments, default_config
+
+
+def get_config(argument: str = ""):
+    """`residual`: residual, block or full; `block_size`: sublayers in a block; `seed`."""
+    args = arguments(argument, residual="block", block_size=4, seed=0)
+    config = default_config()
+    config.name = f"tiny_{args.residual}"
+    config.seed = args.seed
+    config.model.depth.rule = args.residual
+    config.model.depth.block_size = args.block_size
+    return config
