@@ -1,0 +1,173 @@
+"""Runs on disk: what a workdir holds, read whole and tolerant of a file that was being written when the run died."""
+
+import dataclasses
+import json
+import math
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from attnres_jax.config import Config, read_config
+from attnres_jax.errors import UserError
+
+
+class RunError(UserError):
+    """A workdir that cannot be compared; the message names it and what it lacks."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One training run. Losses are nats a token, rates are of the training loop alone."""
+
+    workdir: Path
+    config: Config
+    train: Mapping[str, np.ndarray]
+    """Columns of the train rows, sorted by step; NaN where a row lacks the key."""
+    heldout: Mapping[str, np.ndarray]
+    """Columns of the eval rows, at least one row."""
+    summary: Mapping[str, Any]
+    """Empty until the run has ended."""
+    inspection: Mapping[str, np.ndarray]
+    """Arrays of inspection.npz; empty if there is none."""
+    notes: tuple[str, ...]
+    """What is incomplete or unreadable, a sentence each."""
+
+    @property
+    def final_loss(self) -> float:
+        """Held-out loss of the last evaluation."""
+        return float(self.heldout["loss"][-1])
+
+    @property
+    def best_loss(self) -> float:
+        """Lowest held-out loss of any evaluation; NaN if none is finite."""
+        return _minimum(self.heldout["loss"])
+
+    @property
+    def final_bits_per_byte(self) -> float:
+        """Held-out bits per byte of the last evaluation."""
+        return float(self.heldout["bits_per_byte"][-1])
+
+    @property
+    def best_bits_per_byte(self) -> float:
+        """Lowest held-out bits per byte of any evaluation; NaN if none is finite."""
+        return _minimum(self.heldout["bits_per_byte"])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on when the last evaluation was made."""
+        return int(self.heldout["tokens"][-1])
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Median training throughput; NaN if nothing was logged."""
+        return self._number("tokens_per_second", self.train.get("tokens_per_second"))
+
+    @property
+    def step_seconds(self) -> float:
+        """Median time of a step; NaN if nothing was logged."""
+        return self._number("step_seconds", self.train.get("step_seconds"))
+
+    @property
+    def compile_seconds(self) -> float:
+        """Time to compile the step; NaN until the run has ended."""
+        return self._number("compile_seconds")
+
+    @property
+    def peak_memory_bytes(self) -> float:
+        """Peak memory of the run; NaN if unknown."""
+        return self._number("peak_memory_bytes")
+
+    @property
+    def parameters(self) -> float:
+        """Number of parameters; NaN until the run has ended."""
+        return self._number("parameters")
+
+    def _number(self, key: str, column: np.ndarray | None = None) -> float:
+        value = self.summary.get(key)
+        if value is not None:
+            return float(value)
+        return math.nan if column is None or not np.isfinite(column).any() else float(np.nanmedian(column))
+
+
+def read_run(workdir: str | Path) -> Run:
+    """Reads a workdir: config.json, metrics.jsonl and, where they are there, summary.json and inspection.npz.
+
+    Lines of metrics.jsonl that are not whole are skipped, and of two rows of one step the later counts (a resumed run
+    repeats the steps after its last checkpoint).
+
+    Raises:
+      RunError: if the workdir is missing, or holds no held-out evaluation yet.
+      ConfigError: if its config.json is missing or invalid.
+    """
+    workdir = Path(workdir)
+    if not workdir.is_dir():
+        raise RunError(f"workdir '{workdir}' does not exist; train one with: python train.py --config=... --workdir={workdir}")
+    config = read_config(workdir / "config.json")
+    rows, notes = _read_metrics(workdir / "metrics.jsonl")
+    if not rows["eval"]:
+        state = f"no held-out evaluation yet (step {max(rows['train'])})" if rows["train"] else "no metrics yet"
+        raise RunError(f"workdir '{workdir}' has {state}; compare it once it has trained for training.eval_every steps")
+    summary = _read_summary(workdir / "summary.json", notes)
+    inspection = _read_inspection(workdir / "inspection.npz", notes)
+    done, steps = max(*rows["eval"], *rows["train"]), config.training.steps
+    if summary.get("status", "unfinished") != "finished" or done < steps:
+        notes.append(f"{workdir} is {summary.get('status', 'unfinished')}: step {done} of {steps}.")
+    return Run(
+        workdir, config, _columns(rows["train"]), _columns(rows["eval"]), summary, inspection, notes=tuple(notes)
+    )
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
+    """Rows by kind and step, and what had to be skipped."""
+    rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    broken = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            rows[row["kind"]][int(row["step"])] = row
+        except (ValueError, KeyError, TypeError):
+            broken.append(number)
+    # A torn last line is how a killed run ends; anywhere else it is worth a word.
+    inner = [number for number in broken if number < len(lines)]
+    return rows, [f"{path}: line {', '.join(map(str, inner))} is not a whole row and was skipped."] if inner else []
+
+
+def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        notes.append(f"{path} is not whole and was ignored.")
+        return {}
+
+
+def _read_inspection(path: Path, notes: list[str]) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
+        notes.append(f"{path} is not whole and was ignored.")
+        return {}
+
+
+def _columns(rows: dict[int, dict[str, Any]]) -> dict[str, np.ndarray]:
+    ordered = [rows[step] for step in sorted(rows)]
+    keys = {key for row in ordered for key, value in row.items() if isinstance(value, (int, float))}
+    keys |= {"step", "loss", "bits_per_byte", "tokens", "flops", "seconds"}
+    return {key: np.array([_number(row.get(key)) for row in ordered], np.float64) for key in sorted(keys)}
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
+
+
+def _minimum(values: np.ndarray) -> float:
+    finite = values[np.isfinite(values)]
+    return float(finite.min()) if finite.size else math.nan

@@ -1,0 +1,150 @@
+"""A corpus as tokens: trained, encoded once, and kept in a cache that can be killed, shared or damaged without harm."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Int32, Int64, Integer
+from tokenizers import Tokenizer
+
+from attnres_jax.config import DataConfig
+from attnres_jax.data.corpus import Corpus, DataError, open_corpus
+from attnres_jax.data.tokenizer import as_plain_text, encode_documents, token_bytes, train_tokenizer
+
+_FORMAT = 1  # Goes up when the stored files, or what is done to the text before, change.
+_SPLITS = ("train", "heldout")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenDocuments:
+    """Token documents, stored end to end and mapped from disk; a random-access source for grain."""
+
+    tokens: Integer[np.ndarray, "tokens"]
+    offsets: Int64[np.ndarray, "documents_and_one"]
+    """Document i is `tokens[offsets[i]:offsets[i + 1]]`."""
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> Int32[np.ndarray, "n"]:
+        return np.array(self.tokens[self.offsets[index] : self.offsets[index + 1]], np.int32)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TextData:
+    """What training and evaluation read."""
+
+    train: TokenDocuments
+    heldout: TokenDocuments
+    tokenizer: Tokenizer
+    token_bytes: Int32[np.ndarray, "V"]
+    """Bytes of text that each token stands for; 0 for special and unused ones."""
+    fingerprint: str
+    """Of the documents, their split, the vocabulary size and the format: equal ones hold equal tokens."""
+
+
+def load_text(config: DataConfig, vocab_size: int) -> TextData:
+    """The corpus of `config` in tokens of a tokenizer trained on its train split.
+
+    Made at the first call and read from `config.cache_dir` by later ones, of this process or any other. What is there
+    but does not match its own checksums is made again.
+
+    Raises:
+      DataError: if the corpus, the vocabulary size or the cache folder cannot be used.
+    """
+    corpus = open_corpus(config)
+    fingerprint = hashlib.sha256(f"{_FORMAT} {vocab_size} {corpus.digest()}".encode()).hexdigest()[:16]
+    cache = _cache_dir(config)
+    text = _read(cache / fingerprint, vocab_size, fingerprint)
+    if text is None:
+        logging.getLogger(__name__).info("training a tokenizer of %d tokens into %s", vocab_size, cache / fingerprint)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".making_", dir=cache, ignore_cleanup_errors=True) as folder:
+                _write(Path(folder, "text"), corpus, vocab_size)
+                _publish(Path(folder, "text"), cache / fingerprint, Path(folder, "replaced"))
+            text = _read(cache / fingerprint, vocab_size, fingerprint)
+        except OSError as error:
+            raise DataError(
+                f"data.cache_dir={str(cache)!r} cannot be written: {error.strerror}; name another"
+            ) from None
+        if text is None:
+            raise DataError(f"data.cache_dir={str(cache)!r} does not keep what is written to it; name another")
+    return text
+
+
+def _cache_dir(config: DataConfig) -> Path:
+    return Path(config.cache_dir or os.environ.get("ATTNRES_CACHE") or "~/.cache/attnres_jax").expanduser()
+
+
+def _write(folder: Path, corpus: Corpus, vocab_size: int) -> None:
+    folder.mkdir()
+    tokenizer = train_tokenizer((document.text for document in corpus if not document.heldout), vocab_size)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for split in _SPLITS:
+        heldout = split == "heldout"
+        texts = (document.text for document in corpus if document.heldout is heldout)
+        _write_documents(folder, split, encode_documents(tokenizer, texts), vocab_size)
+    checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
+    (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
+
+
+def _write_documents(folder: Path, split: str, documents: Iterable[Int32[np.ndarray, "_"]], vocab_size: int) -> None:
+    dtype = np.uint16 if vocab_size <= 1 << 16 else np.uint32
+    documents = [document.astype(dtype) for document in documents]
+    np.save(folder / f"{split}_tokens.npy", np.concatenate(documents))
+    np.save(folder / f"{split}_offsets.npy", np.cumsum([0, *map(len, documents)], dtype=np.int64))
+
+
+def _publish(made: Path, final: Path, replaced: Path) -> None:
+    """Renames `made` to `final`, whole or not at all; what stands there is another process's work or damaged."""
+    if final.exists() and not _sound(final):
+        try:
+            os.replace(final, replaced)
+        except FileNotFoundError:  # Another process moved it away first.
+            shutil.rmtree(replaced, ignore_errors=True)
+    try:
+        os.replace(made, final)
+    except OSError:
+        if not _sound(final):
+            raise
+
+
+def _read(folder: Path, vocab_size: int, fingerprint: str) -> TextData | None:
+    """What `_write` wrote, or None if it is absent or damaged."""
+    try:
+        if not _sound(folder):
+            return None
+        tokenizer = as_plain_text(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        splits = {
+            split: TokenDocuments(
+                np.load(folder / f"{split}_tokens.npy", mmap_mode="r"), np.load(folder / f"{split}_offsets.npy")
+            )
+            for split in _SPLITS
+        }
+    except OSError:  # Replaced by another process while it was read.
+        return None
+    return TextData(
+        **splits, tokenizer=tokenizer, token_bytes=token_bytes(tokenizer, vocab_size), fingerprint=fingerprint
+    )
+
+
+def _sound(folder: Path) -> bool:
+    """Whether every file is there and as it was written."""
+    try:
+        checksums = json.loads((folder / "checksums.json").read_bytes())
+        return bool(checksums) and all(_checksum(folder / name) == value for name, value in checksums.items())
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

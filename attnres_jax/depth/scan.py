@@ -1,0 +1,240 @@
+"""The append-only depth scan: blocks that read a growing bank, run as one loop whose memory is linear in depth.
+
+A bank in the carry of an ordinary differentiated scan is saved once per block, which is quadratic in depth. But a bank
+is only ever appended to, so what block n read is a prefix of what the last block leaves behind. The backward pass here
+keeps the final bank alone, reads each block's prefix from it again, and adds up the bank's cotangent in place.
+
+Parameters stay in one stack per kind of sublayer, in layer order, whatever the blocks are: a block takes its sublayers
+from the stacks by index, and their gradients go back to the same places.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PyTree
+
+REMAT_POLICIES: dict[str, Callable | None] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+Sublayer = Callable[[Float[Array, "*batch D"]], Float[Array, "*batch D"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A run of blocks made of the same kinds of sublayers, which share one compiled body.
+
+    Attributes:
+      kinds: for each sublayer of a block in order, the name of the stack that its parameters are in.
+      slots: [blocks, sublayers of a block], the place of each in its stack.
+    """
+
+    kinds: tuple[str, ...]
+    slots: np.ndarray
+
+
+class Place(NamedTuple):
+    """Where a block stands: its first site, and how many sources were complete before it."""
+
+    site: Int[Array, ""]
+    num_valid: Int[Array, ""]
+    num_sites: int
+
+
+class Rule(Protocol):
+    """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; a rule without one has None there."""
+
+    def read(self, bank: PyTree, place: Place) -> PyTree:
+        """What the block's sites take from the first `place.num_valid` slots of the bank: the block's view."""
+
+    def read_transpose(self, bank: PyTree, place: Place, view_bar: PyTree, bank_bar: PyTree) -> PyTree:
+        """`bank_bar` plus the cotangent that `view_bar` sends through `read`."""
+
+    def block(
+        self, sites: PyTree, stream: PyTree, view: PyTree, place: Place, sublayers: Sequence[Sublayer]
+    ) -> tuple[PyTree, PyTree]:
+        """Runs the block's sublayers: (the stream after it, the slots it appends along a leading axis)."""
+
+    def num_appended(self, num_sites: int) -> int:
+        """How many slots a block of `num_sites` sublayers appends."""
+
+
+def depth_scan(
+    rule: Rule,
+    segments: Sequence[Segment],
+    call: Callable[[str, PyTree, Float[Array, "*batch D"], PyTree], tuple[Float[Array, "*batch D"], PyTree]],
+    stacks: Mapping[str, PyTree],
+    sites: PyTree,
+    stream: PyTree,
+    bank: PyTree,
+    context: PyTree = None,
+    *,
+    remat: str = "none",
+) -> tuple[PyTree, PyTree, list[tuple[PyTree, ...]]]:
+    """Runs all blocks of all segments. Differentiable in `stacks`, `sites`, `stream` and `bank`, not in `context`.
+
+    Args:
+      rule: the depth rule.
+      segments: the blocks, in order.
+      call: `call(kind, parameters, h, context) -> (y, report)`, one sublayer; a report is any pytree of arrays.
+      stacks: for each kind, the parameters of its sublayers along a leading axis.
+      sites: the rule's own parameters, whole.
+      stream: the rule's state before the first block, or None.
+      bank: the slots complete before the first block, along a leading axis, or None.
+      context: what every sublayer sees (positions, masks, ...).
+      remat: what the blocks keep for the backward pass, a key of `REMAT_POLICIES`.
+
+    Returns:
+      The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
+    """
+    places = _places(rule, segments, _length(bank))
+    capacity = _length(bank) + sum(segment.slots.shape[0] * rule.num_appended(len(segment.kinds)) for segment in segments)
+    structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
+
+    def forward(stacks, sites, stream, bank, context, save):
+        bank = jax.tree.map(lambda slots: jnp.zeros((capacity, *slots.shape[1:]), slots.dtype).at[: len(slots)].set(slots), bank)
+        reports, saved = [], []
+        for index, segment in enumerate(segments):
+
+            def run_block(carry, at, index=index, segment=segment):
+                stream, bank = carry
+                slots, place = at[0], Place(*at[1:], len(segment.kinds))
+                parameters = _take(stacks, segment.kinds, slots)
+                view = rule.read(bank, place)
+                block = _block(rule, segment.kinds, call, place, context, remat if save else "none")
+                if save:
+                    (stream, new, report), pullback = jax.vjp(block, sites, stream, view, parameters)
+                    known = (sites, view, parameters, context)
+                    structures[index], kept = _strip(pullback, known)
+                else:
+                    (stream, new, report), kept = block(sites, stream, view, parameters), None
+                return (stream, _append(bank, new, place.num_valid)), (report, kept)
+
+            (stream, bank), (report, kept) = jax.lax.scan(run_block, (stream, bank), places[index])
+            reports.append(report)
+            saved.append(kept)
+        return (stream, bank, reports), saved
+
+    @jax.custom_vjp
+    def run(stacks, sites, stream, bank, context):
+        return forward(stacks, sites, stream, bank, context, save=False)[0]
+
+    def run_forward(stacks, sites, stream, bank, context):
+        out, saved = forward(stacks, sites, stream, bank, context, save=True)
+        return out, (stacks, sites, out[1], context, saved)
+
+    def run_backward(residuals, cotangents):
+        stacks, sites, bank, context, saved = residuals
+        stream_bar, bank_bar, reports_bar = cotangents
+        carry = (stream_bar, bank_bar, jax.tree.map(jnp.zeros_like, stacks), jax.tree.map(jnp.zeros_like, sites))
+        for index, segment in reversed(list(enumerate(segments))):
+
+            def run_block(carry, at, index=index, segment=segment):
+                stream_bar, bank_bar, stacks_bar, sites_bar = carry
+                (slots, *where), kept, report_bar = at
+                place = Place(*where, len(segment.kinds))
+                parameters = _take(stacks, segment.kinds, slots)
+                view = rule.read(bank, place)  # of the final bank: the block's own slots and later ones are masked out
+                pullback = structures[index].restore(kept, (sites, view, parameters, context))
+                new_bar = _slots_at(bank_bar, place.num_valid, rule.num_appended(len(segment.kinds)))
+                site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))
+                bank_bar = rule.read_transpose(bank, place, view_bar, bank_bar)
+                stacks_bar = _put(stacks_bar, segment.kinds, slots, parameters_bar)
+                return (stream_bar, bank_bar, stacks_bar, jax.tree.map(jnp.add, sites_bar, site_bar)), None
+
+            at = (places[index], saved[index], reports_bar[index])
+            carry, _ = jax.lax.scan(run_block, carry, at, reverse=True)
+        stream_bar, bank_bar, stacks_bar, sites_bar = carry
+        return stacks_bar, sites_bar, stream_bar, _slots_at(bank_bar, 0, _length(bank_in)), None
+
+    bank_in = bank
+    run.defvjp(run_forward, run_backward)
+    return run(stacks, sites, stream, bank, context)
+
+
+def _block(rule, kinds, call, place, context, remat):
+    """One block as a function of everything that it is differentiated in."""
+
+    def block(sites, stream, view, parameters):
+        reports = []
+
+        def sublayer(kind, own):
+            def apply(h):
+                y, report = call(kind, own, h, context)
+                reports.append(report)
+                return y
+
+            return apply
+
+        sublayers = [sublayer(kind, own) for kind, own in zip(kinds, parameters, strict=True)]
+        stream, new = rule.block(sites, stream, view, place, sublayers)
+        return stream, new, tuple(reports)
+
+    policy = REMAT_POLICIES[remat]
+    return block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Structure:
+    """How to put a pullback together again from what was kept and what the backward pass has anyway."""
+
+    treedef: Any
+    known: tuple[int | None, ...]  # for each leaf, its place among the known arrays, or None if it was kept
+
+    def restore(self, kept: Sequence[Array], known: PyTree) -> Callable:
+        known_leaves, kept = jax.tree.leaves(known), iter(kept)
+        leaves = [next(kept) if place is None else known_leaves[place] for place in self.known]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def _strip(pullback: Callable, known: PyTree) -> tuple[_Structure, list[Array]]:
+    """Takes out of a pullback the arrays that need no saving: parameters, the view of the bank, the context."""
+    places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(known))}
+    leaves, treedef = jax.tree.flatten(pullback)
+    structure = _Structure(treedef, tuple(places.get(id(leaf)) for leaf in leaves))
+    return structure, [leaf for leaf, place in zip(leaves, structure.known, strict=True) if place is None]
+
+
+def _places(rule: Rule, segments: Sequence[Segment], num_valid: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
+    places, site = [], 0
+    for segment in segments:
+        blocks, sites = segment.slots.shape
+        appended = rule.num_appended(sites)
+        steps = np.arange(blocks, dtype=np.int32)
+        places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + appended * steps))
+        site, num_valid = site + sites * blocks, num_valid + appended * blocks
+    return places
+
+
+def _length(bank: PyTree) -> int:
+    return next((len(leaf) for leaf in jax.tree.leaves(bank)), 0)
+
+
+def _append(bank: PyTree, new: PyTree, start: Int[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda b, n: jax.lax.dynamic_update_slice_in_dim(b, n.astype(b.dtype), start, 0), bank, new)
+
+
+def _slots_at(bank: PyTree, start: Int[Array, ""] | int, count: int) -> PyTree:
+    return jax.tree.map(lambda b: jax.lax.dynamic_slice_in_dim(b, start, count), bank)
+
+
+def _take(stacks, kinds, slots):
+    """Each sublayer's own parameters, as arrays of their own: the scan recognises them again in the backward pass."""
+    return tuple(
+        jax.tree.map(lambda stack, slot=slots[i]: jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False), stacks[kind])
+        for i, kind in enumerate(kinds)
+    )
+
+
+def _put(stacks, kinds, slots, parameters):
+    for i, kind in enumerate(kinds):
+        put = lambda stack, own, slot=slots[i]: jax.lax.dynamic_update_index_in_dim(stack, own, slot, 0)  # noqa: E731
+        stacks = {**stacks, kind: jax.tree.map(put, stacks[kind], parameters[i])}
+    return stacks

@@ -1,0 +1,63 @@
+"""Grouped-query attention (Ainslie et al., 2023) with rotary embedding and optional q/k norm."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from attnres_jax.layers.context import Context
+from attnres_jax.layers.linear import Linear
+from attnres_jax.layers.norm import RMSNorm
+from attnres_jax.layers.rotary import rotate
+
+
+class GroupedQueryAttention(nnx.Module):
+    """Causal self-attention; `num_kv_heads` key and value heads serve `num_heads` query heads."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        qk_norm: bool,
+        eps: float,
+        dtype: str,
+        implementation: str,
+        rngs: nnx.Rngs,
+    ):
+        self.norm = RMSNorm(width, eps, dtype)
+        self.query = Linear(width, num_heads * head_dim, rngs=rngs)
+        self.key = Linear(width, num_kv_heads * head_dim, rngs=rngs)
+        self.value = Linear(width, num_kv_heads * head_dim, rngs=rngs)
+        self.out = Linear(num_heads * head_dim, width, rngs=rngs)
+        self.query_norm = RMSNorm(head_dim, eps, dtype) if qk_norm else None
+        self.key_norm = RMSNorm(head_dim, eps, dtype) if qk_norm else None
+        self.head_dim = head_dim
+        self.implementation = implementation
+
+    def __call__(self, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
+        """Attends within the row's documents."""
+        x = self.norm(h)
+        query, key, value = (
+            y.reshape(*y.shape[:2], -1, self.head_dim) for y in (self.query(x), self.key(x), self.value(x))
+        )
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        y = jax.nn.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=context.same_document,
+            is_causal=True,
+            implementation=attention_implementation(self.implementation, query.dtype),
+        )
+        return self.out(y.reshape(*y.shape[:2], -1))
+
+
+def attention_implementation(name: str, dtype: jax.typing.DTypeLike) -> str:
+    """`auto` is cuDNN's fused kernel where it runs (half precision on an NVIDIA GPU), else XLA's own."""
+    if name != "auto":
+        return name
+    return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"

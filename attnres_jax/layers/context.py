@@ -1,0 +1,31 @@
+"""What every sublayer of a forward pass sees beside its input: positions and who may attend to whom."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from attnres_jax.layers.rotary import rotary_tables
+
+
+class Context(NamedTuple):
+    """Computed once a forward pass, since nothing in it depends on depth."""
+
+    cos: Float[Array, "B T 1 K/2"]
+    sin: Float[Array, "B T 1 K/2"]
+    same_document: Bool[Array, "B 1 T T"] | None
+    """None: the whole row is one document. The causal mask comes on top."""
+
+
+def make_context(
+    tokens: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"] | None,
+    positions: Int[Array, "B T"] | None,
+    head_dim: int,
+    theta: float,
+) -> Context:
+    """The context of a batch; without `positions`, they count from 0 in every row."""
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    same = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    return Context(*rotary_tables(positions, head_dim, theta), same)

@@ -1,0 +1,22 @@
+"""Token embedding, and the output head that may share its table."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+class Embedding(nnx.Module):
+    """A table [V, D] drawn from N(0, 0.02)."""
+
+    def __init__(self, vocab_size: int, width: int, dtype: str, *, rngs: nnx.Rngs):
+        self.table = nnx.Param(0.02 * jax.random.normal(rngs.params(), (vocab_size, width)))
+        self.dtype = dtype
+
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """The tokens' rows."""
+        return jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)
+
+    def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """The table as an output head; float32."""
+        return jnp.einsum("btd,vd->btv", h, self.table[...].astype(h.dtype), preferred_element_type=jnp.float32)

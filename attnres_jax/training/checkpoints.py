@@ -1,0 +1,162 @@
+"""Checkpoints: model, optimizer, step, random key and data position, saved by orbax while training goes on.
+
+A save writes into `<step>.orbax-checkpoint-tmp` and renames it when every file is there, so that a directory named by a
+step alone is complete. What a killed save leaves behind is removed when the directory is next opened for training.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import grain.checkpoint
+import jax
+import orbax.checkpoint as ocp
+
+from attnres_jax.config import Config, read_config
+from attnres_jax.errors import UserError
+from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from attnres_jax.training.parameters import named_leaves
+from attnres_jax.training.state import TrainState, new_state
+
+
+class CheckpointError(UserError):
+    """No such checkpoint."""
+
+
+class Checkpoints(contextlib.AbstractContextManager):
+    """The checkpoints of a run, in `directory`; leaving the context waits until the last save is complete."""
+
+    def __init__(self, directory: Path, *, keep: int | None = None):
+        """Opens the directory for training, keeping the newest `keep`; without `keep`, for reading only."""
+        if keep is None:
+            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+        else:
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        """Steps that have a complete checkpoint, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest of them; waits for a save under way."""
+        self._manager.wait_until_finished()
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, batches: Any, record: dict[str, Any]) -> None:
+        """Starts saving; the arrays are copied before this returns, so that the next step may overwrite them.
+
+        `batches` is a grain iterator, `record` a small dict that goes with the checkpoint as JSON.
+        """
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(_arrays(state.model)),
+                training=ocp.args.StandardSave(_arrays(_without_model(state))),
+                data=grain.checkpoint.CheckpointSave(batches),
+                record=ocp.args.JsonSave(record),
+            ),
+        )
+
+    def record(self, step: int) -> dict[str, Any]:
+        """What was given to `save` as `record`."""
+        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+
+    def restore(self, step: int, shapes: TrainState, batches: Any) -> TrainState:
+        """The state saved at `step`, put where the shapes' shardings say; sets the position of `batches`."""
+        rest = _without_model(shapes)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(_arrays(shapes.model)),
+                training=ocp.args.StandardRestore(_arrays(rest)),
+                data=grain.checkpoint.CheckpointRestore(batches),
+            ),
+        )
+        return TrainState(model=_rebuild(shapes.model, restored.model), **_rebuild(rest, restored.training))
+
+    def restore_model(self, step: int, shapes: Any) -> Any:
+        """The model alone, as saved at `step`."""
+        restored = self._manager.restore(
+            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_arrays(shapes)))
+        )
+        return _rebuild(shapes, restored.model)
+
+
+def restore_model(workdir: Path | str, step: int | None = None) -> tuple[Config, Any, int]:
+    """Loads a trained model: (the run's configuration, the model, the step it was saved at).
+
+    Args:
+      workdir: a run's directory.
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      ConfigError: if this is not a run's directory.
+      CheckpointError: if there is no checkpoint, or none of that step.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir / "config.json")
+    with open_checkpoints(workdir) as checkpoints:
+        steps = checkpoints.steps()
+        if step is None:
+            step = steps[-1]
+        elif step not in steps:
+            raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+        try:
+            model = checkpoints.restore_model(step, abstract_state(config).model)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint of step {step} in {workdir} cannot be read: {error}") from error
+    return config, model, step
+
+
+def open_checkpoints(workdir: Path) -> Checkpoints:
+    """Opens a run's checkpoints for reading.
+
+    Raises:
+      CheckpointError: if there is none.
+    """
+    directory = workdir / "checkpoints"
+    if directory.is_dir():
+        checkpoints = Checkpoints(directory)
+        if checkpoints.steps():
+            return checkpoints
+    raise CheckpointError(f"{workdir} has no complete checkpoint yet; train.py with this --workdir goes on until it has")
+
+
+def abstract_state(config: Config) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state, without computing anything."""
+    optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.training.steps))
+    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shapes = jax.eval_shape(lambda: new_state(config, optimizer))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+
+
+def _without_model(state: TrainState) -> dict[str, Any]:
+    return {"step": state.step, "opt_state": state.opt_state, "rng": state.rng}
+
+
+def _arrays(tree: Any) -> dict[str, Any]:
+    """A flat dict by name, which reads the same whatever classes hold the arrays; typed keys as their data."""
+    return {name: _key_data(leaf) if _is_key(leaf) else leaf for name, leaf in named_leaves(tree).items()}
+
+
+def _rebuild(shapes: Any, arrays: dict[str, Any]) -> Any:
+    leaves = [
+        jax.random.wrap_key_data(arrays[name]) if _is_key(leaf) else arrays[name]
+        for name, leaf in named_leaves(shapes).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_data(key: Any) -> Any:
+    if isinstance(key, jax.ShapeDtypeStruct):
+        data = jax.eval_shape(jax.random.key_data, key)
+        return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=key.sharding)
+    return jax.random.key_data(key)

@@ -1,0 +1,62 @@
+"""Analytic cost: floating-point operations per token, and the share of the device's peak that a run reaches.
+
+Only matrix products are counted, a multiply-add as two, and the backward pass as twice the forward. Attention is counted
+over the full T x T square although half of it is masked, which is the usual convention and what a plain kernel computes.
+Work repeated by rematerialisation is not counted: the figure is the model's, not the schedule's.
+"""
+
+import jax
+
+from attnres_jax.config import DepthConfig, ModelConfig
+
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "TPU7x": 2307e12 / 2,
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+}
+"""Dense bfloat16 operations per second by part of JAX's `device_kind`, the first match counting, as published by Google
+and NVIDIA. A TPU v4, v5p or v6e chip is one JAX device; a TPU7x chip is two, hence the half."""
+
+
+def training_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Operations of one training step per token at this sequence length: forward, and twice that backward."""
+    return 3 * forward_flops_per_token(model, sequence_length)
+
+
+def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
+    """Operations of the forward pass per token."""
+    head_dim = model.head_dim or model.width // model.num_heads
+    projections = 2 * model.width * head_dim * 2 * (model.num_heads + model.num_kv_heads)  # query, output; key, value
+    scores_and_mix = 2 * 2 * model.num_heads * head_dim * sequence_length
+    mlp = 3 * 2 * model.width * model.mlp_width  # gate, up, down
+    head = 2 * model.width * model.vocab_size
+    depth = 2 * 2 * model.width * depth_reads(model.depth, 2 * model.num_layers)  # logits, mix
+    return model.num_layers * (projections + scores_and_mix + mlp) + head + depth
+
+
+def depth_reads(depth: DepthConfig, sublayers: int) -> int:
+    """Sources read by all sites together, the readout included; a lone source is not mixed but counts as one.
+
+    Site l of `full` reads the embedding and l outputs. A site of `block` reads the embedding, the completed blocks
+    and, unless it is the first of its block, the partial; the readout reads everything.
+    """
+    if depth.rule == "residual":
+        return 0
+    size = 1 if depth.rule == "full" else depth.block_size
+    inside = sum(1 + site // size + bool(site % size) for site in range(sublayers))
+    return inside + 1 + -(-sublayers // size)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The device's dense bfloat16 peak in operations per second; None where it is not in the table."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)

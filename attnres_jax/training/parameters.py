@@ -1,0 +1,81 @@
+"""Parameters by name: their groups, which of them decay, norms per group, and the table printed at the start."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+MATRICES = ("kernel", "table")
+"""Leaf names of matrices. Layers are stacked, so a norm scale is two-dimensional as well and ndim decides nothing."""
+
+MODULES = {"embedding": "embedding", "head": "head", "gqa": "attention", "swiglu": "mlp"}
+"""Which group the parameters inside a module belong to, where their own name does not say it."""
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """The leaves by dotted name, as in `sublayers.gqa.query.kernel`."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {parameter_name(path): leaf for path, leaf in leaves}
+
+
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """A pytree path as a dotted name; the `.value` of an nnx variable is left out."""
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+
+
+def parameter_group(name: str) -> str:
+    """embedding, head, attention, mlp, norms, depth_queries or depth_key_scales.
+
+    Raises:
+      ValueError: for a name that belongs to none; `MODULES` is the place to say where it does.
+    """
+    first, *_, leaf = parts = name.split(".")
+    if first == "sites":
+        return {"query": "depth_queries", "key_scale": "depth_key_scales"}[leaf]
+    if leaf == "scale":
+        return "norms"
+    for part in parts:
+        if part in MODULES:
+            return MODULES[part]
+    raise ValueError(f"parameter {name!r} belongs to no group; known modules: {', '.join(MODULES)}")
+
+
+def decays(name: str) -> bool:
+    """Whether weight decay applies: to matrices only."""
+    return name.rpartition(".")[2] in MATRICES
+
+
+def decay_mask(model: Any) -> Any:
+    """The model's pytree with True where weight decay applies."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: decays(parameter_name(path)), model)
+
+
+def group_norms(prefix: str, tree: Any) -> dict[str, Float[Array, ""]]:
+    """The Euclidean norm of each group of parameters, float32, as `{"prefix/attention": ...}`."""
+    squares: dict[str, Any] = {}
+    for name, leaf in named_leaves(tree).items():
+        key = f"{prefix}/{parameter_group(name)}"
+        squares[key] = squares.get(key, 0.0) + jnp.sum(jnp.square(leaf.astype(jnp.float32)))
+    return {key: jnp.sqrt(square) for key, square in squares.items()}
+
+
+def count_parameters(model: Any) -> int:
+    """The number of scalars in the model."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
+
+
+def parameter_table(model: Any) -> str:
+    """A text table: name, group, shape, count and whether weight decay applies; the last line is the total."""
+    rows = [("parameter", "group", "shape", "count", "decay")]
+    for name, leaf in named_leaves(model).items():
+        shape = " x ".join(map(str, leaf.shape))
+        rows.append((name, parameter_group(name), shape, f"{math.prod(leaf.shape):,}", "yes" if decays(name) else "no"))
+    rows.append(("total", "", "", f"{count_parameters(model):,}", ""))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [cell.rjust(width) if i == 3 else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,95 @@
+"""The run's directory: claimed by one process, made by one configuration, written so that a kill leaves it whole."""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from attnres_jax.config import Config, flatten, read_config
+from attnres_jax.errors import UserError
+
+IRRELEVANT = ("data.cache_dir",)
+"""Keys that may differ between the run's configuration and the one asked for: they change no number."""
+
+
+class WorkdirError(UserError):
+    """A directory that cannot hold this run."""
+
+
+def claim(workdir: Path, config: Config) -> contextlib.AbstractContextManager:
+    """Makes the directory this run's own, or finds that it is; until the result is closed nobody else can claim it.
+
+    Raises:
+      WorkdirError: one line, if it is a file, cannot be written, holds unrelated files, is in use, or was made by
+        another configuration.
+    """
+    if jax.process_index() != 0:
+        return contextlib.nullcontext()
+    if workdir.exists() and not workdir.is_dir():
+        raise WorkdirError(f"--workdir={workdir} is a file; name a directory")
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _refuse_unrelated(workdir)
+        lock = _lock(workdir)
+        if (workdir / "config.json").exists():
+            _refuse_another(workdir, config)
+        else:
+            write_json(workdir / "config.json", dataclasses.asdict(config))
+    except OSError as error:
+        raise WorkdirError(f"--workdir={workdir} cannot be written: {error.strerror} ({error.filename})") from error
+    return lock
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a file that holds either what it held or the new value, whenever the process dies."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write_json`, for text."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _refuse_unrelated(workdir: Path) -> None:
+    others = sorted(path.name for path in workdir.iterdir() if path.name not in ("lock", "config.json.tmp"))
+    if others and "config.json" not in others:
+        raise WorkdirError(
+            f"--workdir={workdir} holds no run but other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}); "
+            "name an empty or a new directory"
+        )
+
+
+def _lock(workdir: Path) -> contextlib.AbstractContextManager:
+    """An open file that the kernel unlocks when the process ends, however it ends."""
+    file = (workdir / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise WorkdirError(f"--workdir={workdir} is in use by another process; wait for it or name another") from None
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
+def _refuse_another(workdir: Path, config: Config) -> None:
+    there, asked = flatten(read_config(workdir / "config.json")), flatten(config)
+    differing = [
+        f"{key}={there[key]!r} there, {asked[key]!r} asked"
+        for key in asked
+        if there[key] != asked[key] and key not in IRRELEVANT
+    ]
+    if differing:
+        raise WorkdirError(
+            f"--workdir={workdir} was made by another config: {'; '.join(differing)}; "
+            "name another directory or ask for the same config"
+        )
