@@ -31,8 +31,8 @@ class Document:
 class Corpus:
     """Documents in a fixed order, read again at every iteration; documents without text are left out.
 
-    `read` gives (name, text) pairs. A document's split depends on its name and `heldout_percent` alone, so that it stays
-    where it is when other documents come or go.
+    `read` gives (name, text) pairs. A document's split depends on its name and `heldout_percent` alone: it stays where
+    it is when other documents come or go.
     """
 
     read: Callable[[], Iterator[tuple[str, str]]]
@@ -52,7 +52,7 @@ class Corpus:
         total, buckets = hashlib.sha256(), set()
         for document in self:
             content = document.text.encode()
-            total.update(f"{document.name}\0{document.heldout}\0{len(content)}\0".encode() + content)
+            total.update(_bytes(f"{document.name}\0{document.heldout}\0{len(content)}\0") + content)
             buckets.add(_bucket(document.name))
         self._check_split(buckets)
         return total.hexdigest()[:32]
@@ -95,16 +95,16 @@ def open_corpus(config: DataConfig) -> Corpus:
     return Corpus(lambda: _read_text(root, paths), config.heldout_percent)
 
 
-_LEFT_OUT = {"site-packages", "dist-packages", "lib-dynload", "test", "tests", "idle_test", "__pycache__", "pydoc_data"}
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "pydoc_data", "encodings"}
 _TABLES = {"html/entities.py"}
-_GENERATED = re.compile(rb"mapping codec|auto-?generated|automatically generated|file is generated", re.IGNORECASE)
+_GENERATED = re.compile(rb"auto-?generated|automatically generated|file is generated", re.IGNORECASE)
 
 
 def stdlib_paths(root: Path) -> list[str]:
     """The standard library's own modules under `root`, sorted, as relative posix paths.
 
-    Left out: installed packages, tests, and tables written by a program (the character-map codecs, the topics of pydoc,
-    the build's variables), which say so in their first lines and would teach a model little but hexadecimal digits.
+    Left out: installed packages, tests, the codecs (a hundred copies of one page, which would stand on both sides of
+    the split) and what a program wrote: tables, pydoc's topics, the build's variables.
     """
     paths = []
     for folder, folders, files in os.walk(root):
@@ -112,12 +112,8 @@ def stdlib_paths(root: Path) -> list[str]:
         for name in files:
             path = Path(folder, name)
             relative = path.relative_to(root).as_posix()
-            if (
-                name.endswith(".py")
-                and path.is_file()
-                and not name.startswith("_sysconfigdata")
-                and relative not in _TABLES
-            ):
+            written = name.endswith(".py") and not name.startswith("_sysconfigdata") and relative not in _TABLES
+            if written and path.is_file() and os.access(path, os.R_OK):
                 with path.open("rb") as file:
                     if not _GENERATED.search(file.read(400)):
                         paths.append(relative)
@@ -190,4 +186,8 @@ def _json_text(line: bytes, where: str) -> str:
 
 def _bucket(name: str) -> int:
     """0 to 99, the same for a name on every machine and in every Python."""
-    return int.from_bytes(hashlib.sha256(name.encode(errors="surrogateescape")).digest()[:8]) % 100
+    return int.from_bytes(hashlib.sha256(_bytes(name)).digest()[:8]) % 100
+
+
+def _bytes(name: str) -> bytes:
+    return name.encode(errors="surrogateescape")  # A file's name need not be UTF-8.

@@ -6,7 +6,7 @@ from typing import Any
 import grain
 import numpy as np
 from grain.experimental import ConcatThenSplitIterDataset
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 
 from attnres_jax.config import DataConfig
 from attnres_jax.data.corpus import DataError
@@ -22,10 +22,10 @@ def train_iterator(
 ) -> grain.DatasetIterator[Batch]:
     """Endless batches of the train split, `config.batch_size / process_count` sequences each.
 
-    Every epoch is shuffled anew. Process p of P takes documents p, p + P, ... of the endless shuffled order, so that the
-    processes together see each document once an epoch. A document of n tokens is n - 1 pairs of neighbours; pairs are
-    laid end to end and cut every T, so that each token but a document's first is a target exactly once, whatever row its
-    input is in. The state is a small JSON-able dict, and a restored iterator goes on bitwise as the saved one would.
+    Every epoch is shuffled anew. Process p of P takes documents p, p + P, ... of the endless shuffled order: together
+    they see each document once an epoch. A document of n tokens is n - 1 pairs of neighbours; pairs are laid end to end
+    and cut every T, so that each token but a document's first is a target exactly once. The state is a small JSON-able
+    dict, which grain's checkpoint handler for orbax saves; a restored iterator goes on bitwise as the saved one would.
 
     Raises:
       DataError: if the batch does not divide among the processes.
@@ -52,7 +52,7 @@ def heldout_batches(text: TextData, config: DataConfig, num_sequences: int) -> l
     than `num_sequences`, all are taken; the last batch is filled up with padding.
     """
     length, size = config.sequence_length, config.batch_size
-    # A document of n tokens is n - 1 pairs: its first pair follows as many as tokens, less one for each document before.
+    # A document of n tokens is n - 1 pairs: before its first stand the earlier documents' tokens, less one for each.
     starts = text.heldout.offsets - np.arange(len(text.heldout.offsets))
     available = -(-int(starts[-1]) // length)
     count = min(num_sequences, available)
@@ -65,7 +65,7 @@ def heldout_batches(text: TextData, config: DataConfig, num_sequences: int) -> l
 
 
 def _packed_rows(
-    tokens: Int[np.ndarray, "tokens"],
+    tokens: Integer[np.ndarray, "tokens"],
     starts: Int[np.ndarray, "documents_and_one"],
     rows: Int[np.ndarray, "B"],
     length: int,
@@ -105,8 +105,11 @@ def _shuffle_seed(seed: int) -> int:
 
 
 class _JsonRestorable(grain.DatasetIterator):
-    """Takes a state back from JSON. ConcatThenSplit compares its slices with tuples, which JSON returns as lists: without
-    this, a state saved where a row ended with its document would lose the next document."""
+    """Takes a state back from JSON.
+
+    ConcatThenSplit compares its slices with tuples, which JSON returns as lists: a state saved where a row ends with
+    its document would lose the next document.
+    """
 
     def __init__(self, parent: grain.DatasetIterator):
         super().__init__(parent)

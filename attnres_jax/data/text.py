@@ -1,5 +1,6 @@
 """A corpus as tokens: trained, encoded once, and kept in a cache that can be killed, shared or damaged without harm."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -7,6 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -62,32 +64,39 @@ def load_text(config: DataConfig, vocab_size: int) -> TextData:
     corpus = open_corpus(config)
     fingerprint = hashlib.sha256(f"{_FORMAT} {vocab_size} {corpus.digest()}".encode()).hexdigest()[:16]
     cache = _cache_dir(config)
-    text = _read(cache / fingerprint, vocab_size, fingerprint)
-    if text is None:
+    for _ in range(3):  # More than once only if another process replaces a damaged copy at this moment.
+        text = _read(cache / fingerprint, vocab_size, fingerprint)
+        if text is not None:
+            return text
         logging.getLogger(__name__).info("training a tokenizer of %d tokens into %s", vocab_size, cache / fingerprint)
         try:
-            cache.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".making_", dir=cache, ignore_cleanup_errors=True) as folder:
-                _write(Path(folder, "text"), corpus, vocab_size)
-                _publish(Path(folder, "text"), cache / fingerprint, Path(folder, "replaced"))
-            text = _read(cache / fingerprint, vocab_size, fingerprint)
+            _make(cache, fingerprint, corpus, vocab_size)
         except OSError as error:
             raise DataError(
                 f"data.cache_dir={str(cache)!r} cannot be written: {error.strerror}; name another"
             ) from None
-        if text is None:
-            raise DataError(f"data.cache_dir={str(cache)!r} does not keep what is written to it; name another")
-    return text
+    raise DataError(f"data.cache_dir={str(cache)!r} does not keep what is written to it; name another")
 
 
 def _cache_dir(config: DataConfig) -> Path:
     return Path(config.cache_dir or os.environ.get("ATTNRES_CACHE") or "~/.cache/attnres_jax").expanduser()
 
 
+def _make(cache: Path, fingerprint: str, corpus: Corpus, vocab_size: int) -> None:
+    cache.mkdir(parents=True, exist_ok=True)
+    for left in cache.glob(".making_*"):  # By a process that was killed; none takes a day.
+        with contextlib.suppress(FileNotFoundError):
+            if time.time() - left.stat().st_mtime > 86400:
+                shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=".making_", dir=cache, ignore_cleanup_errors=True) as folder:
+        _write(Path(folder, "text"), corpus, vocab_size)
+        _publish(Path(folder, "text"), cache / fingerprint, Path(folder, "replaced"))
+
+
 def _write(folder: Path, corpus: Corpus, vocab_size: int) -> None:
     folder.mkdir()
     tokenizer = train_tokenizer((document.text for document in corpus if not document.heldout), vocab_size)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
     for split in _SPLITS:
         heldout = split == "heldout"
         texts = (document.text for document in corpus if document.heldout is heldout)
@@ -106,15 +115,10 @@ def _write_documents(folder: Path, split: str, documents: Iterable[Int32[np.ndar
 def _publish(made: Path, final: Path, replaced: Path) -> None:
     """Renames `made` to `final`, whole or not at all; what stands there is another process's work or damaged."""
     if final.exists() and not _sound(final):
-        try:
+        with contextlib.suppress(FileNotFoundError):  # Another process moved it away first.
             os.replace(final, replaced)
-        except FileNotFoundError:  # Another process moved it away first.
-            shutil.rmtree(replaced, ignore_errors=True)
-    try:
+    with contextlib.suppress(OSError):  # Another process published first; the caller reads what stands there.
         os.replace(made, final)
-    except OSError:
-        if not _sound(final):
-            raise
 
 
 def _read(folder: Path, vocab_size: int, fingerprint: str) -> TextData | None:
@@ -122,7 +126,7 @@ def _read(folder: Path, vocab_size: int, fingerprint: str) -> TextData | None:
     try:
         if not _sound(folder):
             return None
-        tokenizer = as_plain_text(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        tokenizer = as_plain_text(Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
         splits = {
             split: TokenDocuments(
                 np.load(folder / f"{split}_tokens.npy", mmap_mode="r"), np.load(folder / f"{split}_offsets.npy")

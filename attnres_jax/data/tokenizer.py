@@ -22,7 +22,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < 257:
         raise DataError(
-            f"model.vocab_size={vocab_size} has no room for the 256 bytes and {END_OF_TEXT}; nearest: model.vocab_size=257"
+            f"model.vocab_size={vocab_size} has no room for {END_OF_TEXT} and the 256 bytes; "
+            "nearest: model.vocab_size=257"
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -10,7 +10,7 @@ from the stacks by index, and their gradients go back to the same places.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +47,7 @@ class Place(NamedTuple):
     num_sites: int
 
 
+@runtime_checkable
 class Rule(Protocol):
     """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; a rule without one has None there."""
 

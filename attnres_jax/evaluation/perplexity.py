@@ -32,7 +32,9 @@ class HeldOut:
         return math.exp(self.loss) if self.loss < 700 else math.inf
 
 
-def evaluate(model: Any, batches: Iterable[Batch], token_bytes: Int[Array | np.ndarray, "V"], *, splits: int = 1) -> HeldOut:
+def evaluate(
+    model: Any, batches: Iterable[Batch], token_bytes: Int[Array | np.ndarray, "V"], *, splits: int = 1
+) -> HeldOut:
     """The loss of `model` on `batches`, in one jitted call a batch.
 
     Args:

@@ -1,14 +1,15 @@
 """The decoder: embedding, a stack of sublayers under a depth rule, final norm, head."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.config import ModelConfig
 from attnres_jax.depth import depth_scan, make_rule
-from attnres_jax.depth.reference import Plain
 from attnres_jax.layers import Context, Embedding, GroupedQueryAttention, RMSNorm, SwiGLU, make_context
 from attnres_jax.models.plan import cut, slots_of
 
@@ -82,6 +83,20 @@ class Decoder(nnx.Module):
         return make_context(tokens, segment_ids, positions, head_dim(self.config), self.config.rope_theta)
 
 
+class Trace(NamedTuple):
+    """A forward pass with everything kept; L sublayers."""
+
+    logits: Float[Array, "B T V"]
+    inputs: Float[Array, "L+1 B T D"]
+    """What each sublayer read, then what the output head read."""
+    outputs: Float[Array, "L B T D"]
+    """What each sublayer returned."""
+    states: Float[Array, "L B T D"]
+    """After each sublayer: the residual stream, or the partial sum of the block (`full`: the output itself)."""
+    weights: tuple[Float[Array, "sources B T"], ...] | None
+    """Of each site, over the embedding, the completed blocks and the partial sum if there is one."""
+
+
 def unrolled(
     model: Decoder,
     tokens: Int[Array, "B T"],
@@ -89,7 +104,7 @@ def unrolled(
     positions: Int[Array, "B T"] | None = None,
     *,
     probes: Float[Array, "L B T D"] | None = None,
-) -> tuple[Float[Array, "B T V"], Plain]:
+) -> Trace:
     """The model as a plain loop over sublayers, everything kept: the reference, and what analysis looks at.
 
     `probes` are added to the sublayers' outputs: a gradient with respect to zero probes is that of the outputs.
@@ -102,7 +117,13 @@ def unrolled(
 
     sublayers = [sublayer(i, kind, slot) for i, (kind, slot) in enumerate(zip(plan, slots_of(plan), strict=True))]
     plain = model.rule().plain(model.sites, model.embedding(tokens), sublayers)
-    return model.logits(plain.inputs[-1]), plain
+    return Trace(
+        model.logits(plain.inputs[-1]),
+        jnp.stack(plain.inputs),
+        jnp.stack(plain.outputs),
+        jnp.stack(plain.states),
+        None if plain.weights is None else tuple(plain.weights),
+    )
 
 
 def head_dim(config: ModelConfig) -> int:

@@ -80,9 +80,7 @@ class Checkpoints(contextlib.AbstractContextManager):
 
     def restore_model(self, step: int, shapes: Any) -> Any:
         """The model alone, as saved at `step`."""
-        restored = self._manager.restore(
-            step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_arrays(shapes)))
-        )
+        restored = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_arrays(shapes))))
         return _rebuild(shapes, restored.model)
 
 
@@ -123,7 +121,9 @@ def open_checkpoints(workdir: Path) -> Checkpoints:
         checkpoints = Checkpoints(directory)
         if checkpoints.steps():
             return checkpoints
-    raise CheckpointError(f"{workdir} has no complete checkpoint yet; train.py with this --workdir goes on until it has")
+    raise CheckpointError(
+        f"{workdir} has no complete checkpoint yet; train.py with this --workdir goes on until it has"
+    )
 
 
 def abstract_state(config: Config) -> TrainState:

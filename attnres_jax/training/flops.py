@@ -1,9 +1,11 @@
 """Analytic cost: floating-point operations per token, and the share of the device's peak that a run reaches.
 
-Only matrix products are counted, a multiply-add as two, and the backward pass as twice the forward. Attention is counted
-over the full T x T square although half of it is masked, which is the usual convention and what a plain kernel computes.
-Work repeated by rematerialisation is not counted: the figure is the model's, not the schedule's.
+Only matrix products are counted, a multiply-add as two, and the backward pass as twice the forward. Attention counts
+the full T x T square although half of it is masked: the usual convention, and what a plain kernel computes. Work
+repeated by rematerialisation is not counted: the figure is the model's, not the schedule's.
 """
+
+from collections.abc import Sequence
 
 import jax
 
@@ -57,6 +59,7 @@ def depth_reads(depth: DepthConfig, sublayers: int) -> int:
     return inside + 1 + -(-sublayers // size)
 
 
-def peak_flops(device: jax.Device) -> float | None:
-    """The device's dense bfloat16 peak in operations per second; None where it is not in the table."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if kind in device.device_kind), None)
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """The devices' dense bfloat16 peak together, in operations per second; None where it is not in the table."""
+    peak = next((peak for kind, peak in PEAK_FLOPS.items() if kind in devices[0].device_kind), None)
+    return peak and peak * len(devices)

@@ -1,7 +1,6 @@
-"""A training run from its configuration to its summary: data, state, step, restore, loop."""
+"""A training run from its configuration to its summary: data, model, state, step, loop."""
 
 import math
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ import jax.numpy as jnp
 
 from attnres_jax.config import Config
 from attnres_jax.data import heldout_batches, load_text, train_iterator
+from attnres_jax.errors import UserError
 from attnres_jax.evaluation.perplexity import evaluate
-from attnres_jax.training.checkpoints import CheckpointError, Checkpoints, abstract_state
+from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 from attnres_jax.training.compilation import compile_step, program_bytes
 from attnres_jax.training.flops import peak_flops, training_flops_per_token
 from attnres_jax.training.interruption import Interruption
@@ -22,8 +22,12 @@ from attnres_jax.training.parameters import count_parameters, parameter_table
 from attnres_jax.training.progress import Progress
 from attnres_jax.training.records import Records, read_summary, write_summary
 from attnres_jax.training.state import new_state
-from attnres_jax.training.step import make_train_step
+from attnres_jax.training.step import batch_shapes, make_train_step
 from attnres_jax.training.workdir import claim
+
+
+class ChangedTextError(UserError):
+    """The text is no longer the one the run began with."""
 
 
 def train(config: Config, workdir: Path | str) -> dict[str, Any]:
@@ -34,7 +38,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
 
     Raises:
       WorkdirError: if the directory cannot hold this run.
-      CheckpointError: if the text has changed since the checkpoint.
+      ChangedTextError: if the text is not that of the checkpoint.
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite.
     """
     workdir, training, steps = Path(workdir), config.training, config.training.steps
@@ -42,45 +46,110 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
         start = checkpoints.latest() or 0
         summary = read_summary(workdir)
         if start == steps and summary and summary["status"] == "finished":
-            _say(f"{workdir} is finished: {steps} steps, held-out loss {summary['final_loss']:.4f}; nothing to do")
+            _say(f"{workdir} is finished: {steps} steps, held-out loss {summary['final_loss']:.4f}; nothing to train")
             return summary
 
-        # Data.
+        # Data: the same batches in the same order for every run of this seed.
         text = load_text(config.data, config.model.vocab_size)
-        batches = iter(
-            train_iterator(
-                text,
-                config.data,
-                seed=config.seed,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-            )
-        )
+        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        batches = train_iterator(text, config.data, seed=config.seed, **process)
         heldout = heldout_batches(text, config.data, training.eval_sequences)
         token_bytes = jnp.asarray(text.token_bytes)
 
-        # Model, optimizer and step.
+        # Model and optimizer, as shapes: a restored state is never initialised first.
+        shapes = abstract_state(config)
         schedule = learning_rate_schedule(config.optimizer, steps)
         optimizer = make_optimizer(config.optimizer, schedule)
-        train_step = make_train_step(training, optimizer, schedule)
-        shapes = abstract_state(config)
         flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
-        _say(f"{parameter_table(shapes.model)}\n{flops_per_token:,} training FLOPs per token on {jax.devices()[0].device_kind}")
+        _say(parameter_table(shapes.model))
+        _say(f"training takes {flops_per_token:,} FLOPs per token; device: {jax.devices()[0].device_kind}")
 
-        # State: restored, or new.
-        record = {"seconds": 0.0, "text": text.fingerprint, "compile_seconds": None, "program_bytes": None}
+        # State: restored or new.
+        record = {"text": text.fingerprint, "seconds": 0.0, "compile_seconds": None, "peak_memory_bytes": None}
         if start:
-            record = _record_of_same_text(checkpoints, start, text.fingerprint, workdir)
+            record = checkpoints.record(start)
+            _refuse_changed_text(workdir, start, record["text"], text.fingerprint)
             state = checkpoints.restore(start, shapes, batches)
             _say(f"resuming {workdir} at step {start} of {steps}")
         else:
             state = jax.jit(partial(new_state, config, optimizer))()
 
+        # Step.
+        if start < steps:
+            train_step = make_train_step(training, optimizer, schedule)
+            shapes_of_batch = batch_shapes(config.data, jax.process_count())
+            train_step, record["compile_seconds"] = compile_step(train_step, shapes, shapes_of_batch, token_bytes)
+            record["peak_memory_bytes"] = program_bytes(train_step)
+
         # Loop.
-        with Records(workdir, start) as records, Progress(config.name, start, steps) as progress, Interruption() as stop:
+        with (
+            Records(workdir, start) as records,
+            Progress(config.name, start, steps) as progress,
+            Interruption() as stop,
+        ):
 
             def emit(row: dict[str, Any]) -> None:
                 records.write(row)
                 progress.show(row)
 
-            ...
+            meter = Meter(
+                start=start,
+                seconds=record["seconds"],
+                tokens_per_step=config.data.batch_size * config.data.sequence_length,
+                flops_per_token=flops_per_token,
+                peak_flops=peak_flops(jax.devices()),
+                is_due=lambda step: step in (1, steps) or step % training.log_every == 0,
+                emit=emit,
+            )
+            step, stopping = start, False
+            try:
+                while step < steps and not stopping:
+                    state, metrics = train_step(state, next(batches), token_bytes)
+                    step += 1
+                    meter.push(step, metrics)
+                    progress.advance()
+                    stopping = stop.requested is not None
+                    evaluating = step % training.eval_every == 0 or step == steps
+                    saving = step % training.checkpoint_every == 0 or step == steps or stopping
+                    if evaluating or saving:
+                        with meter.paused():  # raises before anything that is not finite is evaluated or saved
+                            if evaluating:
+                                result = evaluate(state.model, heldout, token_bytes, splits=training.accumulation)
+                                if not math.isfinite(result.loss):
+                                    raise NonFiniteError(f"step {step} is not finite (held-out loss {result.loss})")
+                                row = {"kind": "eval", "step": step, "loss": result.loss}
+                                emit(row | {"bits_per_byte": result.bits_per_byte} | meter.totals(step))
+                            if saving:
+                                checkpoints.save(step, state, batches, record | {"seconds": meter.seconds})
+            except NonFiniteError as error:
+                good = checkpoints.latest()
+                kept = f"the checkpoint of step {good} is kept" if good else "there was no checkpoint yet"
+                raise NonFiniteError(
+                    f"{error}: stopped, {kept}; try optimizer.learning_rate below "
+                    f"{config.optimizer.learning_rate:g} in a new --workdir"
+                ) from None
+            checkpoints.latest()  # waits until the last one is complete: only then is the run finished
+            return write_summary(
+                workdir,
+                config,
+                status="finished" if step == steps else "interrupted",
+                steps=step,
+                tokens=meter.totals(step)["tokens"],
+                parameters=count_parameters(shapes.model),
+                compile_seconds=record["compile_seconds"],
+                peak_memory_bytes=record["peak_memory_bytes"],
+                flops_per_token=flops_per_token,
+            )
+
+
+def _refuse_changed_text(workdir: Path, step: int, then: str, now: str) -> None:
+    if then != now:
+        raise ChangedTextError(
+            f"the text of {workdir} has changed since step {step} (fingerprint {then}, now {now}); "
+            "train on the text as it was, or name a new --workdir"
+        )
+
+
+def _say(text: str) -> None:
+    if jax.process_index() == 0:
+        print(text, flush=True)

@@ -7,6 +7,9 @@ from jaxtyping import Array, Float
 
 from attnres_jax.evaluation.perplexity import Batch, token_nll
 
+SUMS = ("nll", "log_z_squared", "bytes")
+"""What the objective also returns: weighted sums of nats, squared log-partitions, and bytes of text predicted."""
+
 
 def objective(
     model: Any, batch: Batch, token_bytes: Any, total_weight: Any, z_loss: float
@@ -17,14 +20,11 @@ def objective(
     the shares add up to the objective of the whole batch, however the weights fall on the micro-batches.
 
     Returns:
-      The share, and the weighted sums `nll` (nats), `log_z_squared` and `bytes` (of text predicted).
+      The share, and the sums that `SUMS` names.
     """
     logits = model(batch["inputs"], batch["segment_ids"], batch["positions"])
     nll, log_z = token_nll(logits, batch["targets"])
     weights = batch["weights"]
-    sums = {
-        "nll": jnp.sum(weights * nll),
-        "log_z_squared": jnp.sum(weights * jnp.square(log_z)),
-        "bytes": jnp.sum(weights * token_bytes[batch["targets"]]),
-    }
+    text_bytes = token_bytes[batch["targets"]]
+    sums = {key: jnp.sum(weights * term) for key, term in zip(SUMS, (nll, jnp.square(log_z), text_bytes), strict=True)}
     return (sums["nll"] + z_loss * sums["log_z_squared"]) / total_weight, sums

@@ -33,7 +33,7 @@ class Meter:
         is_due: Callable[[int], bool],
         emit: Callable[[dict[str, Any]], None],
     ):
-        """`emit` is given a row for every step that `is_due`; `seconds` is what earlier processes spent up to `start`."""
+        """`emit` gets a row for every step that `is_due`; earlier processes spent `seconds` up to step `start`."""
         self._tokens_per_step, self._flops_per_token, self._peak = tokens_per_step, flops_per_token, peak_flops
         self._is_due, self._emit = is_due, emit
         self._pending: tuple[int, dict[str, Any]] | None = None
@@ -88,4 +88,5 @@ class Meter:
         speed = {"tokens_per_second": self._tokens_per_step / step_seconds, "step_seconds": step_seconds}
         if self._peak:
             speed["utilisation"] = self._flops_per_token * speed["tokens_per_second"] / self._peak
-        return {"kind": "train", "step": step, **values, **totals, **speed}
+        first = {key: values.pop(key) for key in ("loss", "bits_per_byte", "learning_rate", "grad_norm")}
+        return {"kind": "train", "step": step, **first, **totals, **speed, **values}

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import math
 import os
 import platform
 import statistics
@@ -65,7 +64,15 @@ def cut_rows(path: Path, step: int) -> None:
 
 
 def write_summary(
-    workdir: Path, config: Config, *, status: str, steps: int, tokens: int, parameters: int, flops_per_token: int, **measured: Any
+    workdir: Path,
+    config: Config,
+    *,
+    status: str,
+    steps: int,
+    tokens: int,
+    parameters: int,
+    flops_per_token: int,
+    **measured: Any,
 ) -> dict[str, Any]:
     """Writes summary.json from the rows of metrics.jsonl and returns it; what was never measured is None."""
     rows = read_rows(workdir / "metrics.jsonl")
@@ -106,8 +113,3 @@ def read_summary(workdir: Path) -> dict[str, Any] | None:
     """The summary of a run that has stopped at least once."""
     path = workdir / "summary.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def is_finite(*values: float) -> bool:
-    """Whether no value is infinite or NaN."""
-    return all(map(math.isfinite, values))

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from attnres_jax.config import TrainingConfig
+from attnres_jax.config import DataConfig, TrainingConfig
 from attnres_jax.evaluation.perplexity import Batch, bits_per_byte
-from attnres_jax.training.loss import objective
+from attnres_jax.training.loss import SUMS, objective
 from attnres_jax.training.parameters import group_norms
 from attnres_jax.training.state import TrainState
 
@@ -49,18 +49,27 @@ def make_train_step(
     return step
 
 
+def batch_shapes(config: DataConfig, processes: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of one process's batch."""
+    shape = config.batch_size // processes, config.sequence_length
+    integers = ("inputs", "targets", "segment_ids", "positions")
+    return {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in integers} | {
+        "weights": jax.ShapeDtypeStruct(shape, jnp.float32)
+    }
+
+
 def accumulate(
     model: Any, batch: Batch, token_bytes: Any, total_weight: Any, micro_batches: int, z_loss: float
 ) -> tuple[Any, dict[str, Any]]:
     """The gradient of the objective over the whole batch, and its sums, one micro-batch at a time."""
-    gradient = jax.grad(objective, has_aux=True)
 
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, gradient(model, micro_batch, token_bytes, total_weight, z_loss)), None
+        def share(model: Any) -> Any:
+            return objective(model, micro_batch, token_bytes, total_weight, z_loss)
 
+        return jax.tree.map(jnp.add, total, jax.grad(share, has_aux=True)(model)), None
+
+    zeros = jax.tree.map(jnp.zeros_like, model), dict.fromkeys(SUMS, jnp.zeros(()))
     split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), dict(batch))
-    first = jax.tree.map(lambda x: x[0], split)
-    shapes = jax.eval_shape(gradient, model, first, token_bytes, total_weight, z_loss)
-    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     # A single micro-batch is unrolled: no loop is left in the program.
     return jax.lax.scan(add, zeros, split, unroll=micro_batches == 1)[0]

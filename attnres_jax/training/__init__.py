@@ -1,0 +1,28 @@
+"""Training: the loop, its step, optimizer, checkpoints and records."""
+
+from attnres_jax.training.checkpoints import CheckpointError, restore_model
+from attnres_jax.training.compilation import enable_compilation_cache
+from attnres_jax.training.flops import forward_flops_per_token, training_flops_per_token
+from attnres_jax.training.loop import ChangedTextError, train
+from attnres_jax.training.meter import NonFiniteError
+from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from attnres_jax.training.state import TrainState, new_state
+from attnres_jax.training.step import make_train_step
+from attnres_jax.training.workdir import WorkdirError
+
+__all__ = [
+    "ChangedTextError",
+    "CheckpointError",
+    "NonFiniteError",
+    "TrainState",
+    "WorkdirError",
+    "enable_compilation_cache",
+    "forward_flops_per_token",
+    "learning_rate_schedule",
+    "make_optimizer",
+    "make_train_step",
+    "new_state",
+    "restore_model",
+    "train",
+    "training_flops_per_token",
+]

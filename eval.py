@@ -1,0 +1,38 @@
+"""Evaluates a trained run on its held-out text.
+
+python eval.py --workdir=runs/a [--step=200]
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from attnres_jax.cli import launch
+from attnres_jax.config import read_config
+from attnres_jax.data import heldout_batches, load_text
+from attnres_jax.evaluation import evaluate
+from attnres_jax.training import enable_compilation_cache, restore_model
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(arguments: list[str], overrides: list[str]) -> None:
+    """Model, text, loss."""
+    if arguments or overrides:
+        raise flags.Error(f"{(arguments + overrides)[0]!r} is not understood; the config is that of the workdir")
+    workdir = Path(WORKDIR.value)
+    enable_compilation_cache(read_config(workdir / "config.json").data)
+    config, model, step = restore_model(workdir, STEP.value)
+    text = load_text(config.data, config.model.vocab_size)
+    batches = heldout_batches(text, config.data, config.training.eval_sequences)
+    result = evaluate(model, batches, text.token_bytes, splits=config.training.accumulation)
+    print(
+        f"{workdir} at step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+        f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
+    )
+
+
+if __name__ == "__main__":
+    launch(main)

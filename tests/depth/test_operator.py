@@ -1,0 +1,139 @@
+"""The operator against equations 2 to 4 in NumPy float64, and its forms against each other."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import worst
+
+from attnres_jax.depth import depth_attention, inter_block, merge, normalise
+from attnres_jax.depth.operator import depth_logits
+from attnres_jax.depth.reference import plain_depth_attention
+
+
+def draw(seed, num_sources, width=24, sites=1, batch=(2, 5)):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    sources = 3 * jax.random.normal(keys[0], (num_sources, *batch, width))
+    queries = jax.random.normal(keys[1], (sites, width)) / 4
+    key_scales = 1 + jax.random.normal(keys[2], (sites, width)) / 4
+    return sources, queries, key_scales, jax.random.normal(keys[3], (*batch, width))
+
+
+def numpy_attention(sources, query, key_scale, eps=1e-6):
+    """Equations 2 to 4 with no code of the package."""
+    values = np.asarray(sources, np.float64)
+    keys = np.asarray(key_scale, np.float64) * values / np.sqrt((values**2).mean(-1, keepdims=True) + eps)
+    exps = np.exp(keys @ np.asarray(query, np.float64))
+    weights = exps / exps.sum(0)
+    return (weights[..., None] * values).sum(0), weights
+
+
+@pytest.mark.parametrize("num_sources", [1, 2, 4, 5, 9])
+def test_direct_form_equals_the_equations(num_sources):
+    sources, queries, key_scales, _ = draw(0, num_sources)
+    mixed, weights = depth_attention(sources, queries[0], key_scales[0], return_weights=True)
+    expected, expected_weights = numpy_attention(sources, queries[0], key_scales[0])
+    np.testing.assert_allclose(mixed, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
+    np.testing.assert_allclose(weights, expected_weights, rtol=2e-6)
+    np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-6)
+
+
+@pytest.mark.parametrize("num_sources", [2, 3, 4, 6, 9])
+def test_forms_agree_in_values_and_gradients(num_sources):
+    """Plain (differentiated by JAX), direct and two-phase (by hand): 1e-6 in float32."""
+    sources, queries, key_scales, cotangent = draw(1, num_sources)
+
+    def plain(sources, query, key_scale):
+        return plain_depth_attention(list(sources), query, key_scale)[0]
+
+    def two_phase(sources, query, key_scale):
+        bank = jnp.concatenate([sources[:-1], 100 * sources])  # what lies behind num_valid must not matter
+        state = inter_block(bank, query[None], key_scale[None], num_sources - 1)
+        return merge(state.site(0), sources[-1], query, key_scale)
+
+    results = []
+    for form in (plain, depth_attention, two_phase):
+        value, pullback = jax.vjp(form, sources, queries[0], key_scales[0])
+        results.append((value, pullback(cotangent)))
+    assert worst(results[1], results[0]) < 1e-6
+    assert worst(results[2], results[0]) < 1e-6
+
+
+@pytest.mark.parametrize("num_sources", [3, 9])
+def test_hand_written_backward_is_exact_in_float64(num_sources):
+    """All sites of a block at once, every prefix of the bank, fewer slots than a chunk and more."""
+    with jax.enable_x64(True):
+        draws = draw(num_sources, num_sources, width=7, sites=3, batch=(3,))[:3]
+        draws = tuple(x.astype(jnp.float64) for x in draws)
+        cotangent = jax.random.normal(jax.random.key(0), (3, 3, 7), jnp.float64)
+
+        def plain(sources, queries, key_scales, num_valid):
+            mix = lambda q, s: plain_depth_attention(list(sources[:num_valid]), q, s)[0]  # noqa: E731
+            return jnp.stack([mix(q, s) for q, s in zip(queries, key_scales, strict=True)])
+
+        def fast(sources, queries, key_scales, num_valid):
+            return normalise(inter_block(sources, queries, key_scales, num_valid))
+
+        def value_and_gradients(form, num_valid):
+            value, pullback = jax.vjp(lambda *draws: form(*draws, num_valid), *draws)
+            return value, pullback(cotangent)
+
+        fast_results = jax.jit(lambda num_valid: value_and_gradients(fast, num_valid))
+        for num_valid in range(1, num_sources + 1):
+            assert worst(fast_results(num_valid), value_and_gradients(plain, num_valid)) < 1e-12
+
+
+def test_no_key_scale_stands_for_ones():
+    sources, queries, _, _ = draw(2, 3)
+    ones = jnp.ones_like(queries[0])
+    np.testing.assert_array_equal(depth_attention(sources, queries[0]), depth_attention(sources, queries[0], ones))
+    state = inter_block(sources, queries, None, 2)
+    np.testing.assert_array_equal(state.numerator, inter_block(sources, queries, ones[None], 2).numerator)
+    np.testing.assert_array_equal(
+        merge(state.site(0), sources[2], queries[0]), merge(state.site(0), sources[2], queries[0], ones)
+    )
+
+
+def test_scaling_a_source_leaves_the_weights_and_scales_its_contribution():
+    sources, queries, key_scales, _ = draw(3, 4)
+    mixed, weights = depth_attention(sources, queries[0], key_scales[0], eps=0.0, return_weights=True)
+    scaled = sources.at[2].multiply(8.0)
+    mixed_scaled, weights_scaled = depth_attention(scaled, queries[0], key_scales[0], eps=0.0, return_weights=True)
+    np.testing.assert_allclose(weights_scaled, weights, rtol=1e-5)
+    np.testing.assert_allclose(mixed_scaled - mixed, 7 * weights[2][..., None] * sources[2], rtol=1e-4, atol=1e-5)
+
+
+def test_zero_query_reads_the_mean():
+    sources, _, key_scales, _ = draw(4, 5)
+    np.testing.assert_allclose(
+        depth_attention(sources, jnp.zeros(24), key_scales[0]), sources.mean(0), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
+    sources, queries, key_scales, _ = draw(5, 3)
+    low = sources.astype(jnp.bfloat16)
+    logits = depth_logits(low, queries, key_scales, 1e-6)
+    assert logits.dtype == jnp.float32
+    values = np.asarray(low, np.float64)
+    rms = np.sqrt((values**2).mean(-1) + 1e-6)
+    expected = values @ np.asarray(queries[0] * key_scales[0], np.float64) / rms
+    np.testing.assert_allclose(logits[0], expected, rtol=1e-5, atol=1e-5)
+    assert depth_attention(low, queries[0], key_scales[0]).dtype == jnp.bfloat16
+
+
+def test_extreme_logits_stay_finite():
+    sources, queries, key_scales, cotangent = draw(6, 5)
+    value, pullback = jax.vjp(depth_attention, sources, 1e4 * queries[0], key_scales[0])
+    assert all(bool(jnp.isfinite(x).all()) for x in (value, *pullback(cotangent)))
+
+
+def test_backward_keeps_no_copy_of_the_sources():
+    """What a mix saves beyond its inputs is a few float32 scalars a token and source."""
+    sources, queries, key_scales, _ = draw(7, 6, width=512)
+    _, pullback = jax.vjp(depth_attention, sources, queries[0], key_scales[0])
+    inputs = {id(x) for x in (sources, queries, key_scales)}
+    saved = [x for x in jax.tree.leaves(pullback) if id(x) not in inputs]
+    kept = sum(x.size for x in saved if x.shape != sources.shape)
+    assert sum(x.shape == sources.shape for x in saved) <= 1  # the sources themselves
+    assert kept < sources.size / 4

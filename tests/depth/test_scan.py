@@ -1,0 +1,125 @@
+"""The append-only scan against the rules' plain loops, on sublayers that know nothing of transformers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numerics import worst
+
+from attnres_jax.depth import Segment, depth_scan, make_rule
+from attnres_jax.models.plan import cut, slots_of
+
+WIDTH, SUBLAYERS = 12, 10
+PLAN = ["tanh", "linear"] * (SUBLAYERS // 2)
+
+
+def call(kind, weight, h, context):
+    y = (jnp.tanh(h) if kind == "tanh" else h) @ weight + context
+    return y, {"mean": y.mean()}
+
+
+def draw(rule, dtype=jnp.float64):
+    keys = jax.random.split(jax.random.key(0), 5)
+    stacks = {kind: jax.random.normal(key, (5, WIDTH, WIDTH), dtype) / 4 for kind, key in zip(PLAN[:2], keys, strict=False)}
+    embedding = jax.random.normal(keys[2], (2, 3, WIDTH), dtype)
+    sites = rule.init_sites(SUBLAYERS, WIDTH)
+    if sites is not None:
+        sites = jax.tree.map(lambda x: x.astype(dtype) + jax.random.normal(keys[3], x.shape, dtype) / 3, sites)
+    return stacks, sites, embedding, jax.random.normal(keys[4], (WIDTH,), dtype) / 10
+
+
+def scanned(rule, context, remat, stacks, sites, embedding):
+    stream, bank = rule.begin(sites, embedding)
+    stream, bank, reports = depth_scan(
+        rule, cut(PLAN, rule.block_size), call, stacks, sites, stream, bank, context, remat=remat
+    )
+    means = jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
+    return rule.readout(sites, stream, bank), means
+
+
+def looped(rule, context, stacks, sites, embedding):
+    means = []
+
+    def sublayer(kind, slot, h):
+        y, report = call(kind, stacks[kind][slot], h, context)
+        means.append(report["mean"])
+        return y
+
+    sublayers = [functools.partial(sublayer, kind, slot) for kind, slot in zip(PLAN, slots_of(PLAN), strict=True)]
+    return rule.plain(sites, embedding, sublayers).inputs[-1], jnp.stack(means)
+
+
+RULES = [("residual", 2), ("block", 2), ("block", 4), ("block", 6), ("block", 10), ("block", 1), ("full", 4), ("full", 2)]
+
+
+@pytest.mark.parametrize("name, block_size", RULES)
+def test_scan_equals_the_plain_loop_in_float64(name, block_size):
+    """Values, reports and gradients of everything, for each remat policy; 4 and 6 leave a short last block."""
+    with jax.enable_x64(True):
+        rule = make_rule(name, block_size, 1e-6)
+        stacks, sites, embedding, context = draw(rule)
+        expected, expected_pullback = jax.vjp(functools.partial(looped, rule, context), stacks, sites, embedding)
+        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), expected)
+        for remat in ("none", "dots", "full"):
+
+            def both(stacks, sites, embedding, remat=remat):
+                form = functools.partial(scanned, rule, context, remat)
+                value, pullback = jax.vjp(form, stacks, sites, embedding)
+                return value, pullback(cotangent)
+
+            value, gradients = jax.jit(both)(stacks, sites, embedding)
+            assert worst(value, expected) < 1e-13
+            assert worst(gradients, expected_pullback(cotangent)) < 1e-12
+
+
+@pytest.mark.parametrize("name, block_size", [("block", 4), ("full", 4)])
+def test_scan_equals_the_plain_loop_in_float32(name, block_size):
+    rule = make_rule(name, block_size, 1e-6)
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    results = []
+    for form in (functools.partial(scanned, rule, context, "none"), functools.partial(looped, rule, context)):
+        value, pullback = jax.vjp(form, stacks, sites, embedding)
+        results.append((value, pullback(jax.tree.map(jnp.ones_like, value))))
+    assert worst(*results) < 2e-6  # ten sublayers; a single operator is held to 1e-6
+
+
+def test_full_equals_block_of_one_sublayer():
+    """By the plain loops too: the one for Full and the one for blocks of size 1 share no schedule."""
+    with jax.enable_x64(True):
+        full, block = make_rule("full", 6, 1e-6), make_rule("block", 1, 1e-6)
+        stacks, sites, embedding, context = draw(full)
+        value = scanned(full, context, "none", stacks, sites, embedding)
+        assert worst(scanned(block, context, "none", stacks, sites, embedding), value) < 1e-13
+
+
+def test_first_query_gets_exactly_zero_gradient():
+    rule = make_rule("block", 4, 1e-6)
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    loss = lambda sites: (scanned(rule, context, "none", stacks, sites, embedding)[0] ** 2).sum()  # noqa: E731
+    gradient = jax.grad(loss)(sites)
+    assert np.all(np.asarray(gradient.query[0]) == 0)
+    assert np.all(np.asarray(gradient.key_scale[0]) == 0)
+    assert np.all(np.abs(np.asarray(gradient.query[1:])).max(1) > 0)
+
+
+def test_parameters_and_bank_are_not_saved_per_block():
+    """With everything kept, what the scan saves has neither a copy of the bank nor one of the weights a block."""
+    rule = make_rule("block", 2, 1e-6)
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    _, pullback = jax.vjp(functools.partial(scanned, rule, context, "none"), stacks, sites, embedding)
+    shapes = [leaf.shape for leaf in jax.tree.leaves(pullback) if hasattr(leaf, "shape")]
+    bank, weights = (6, *embedding.shape), (5, WIDTH, WIDTH)
+    assert shapes.count(bank) <= 2  # the final bank, for the blocks and for the readout
+    assert shapes.count(weights) <= 2  # the two stacks themselves
+    assert not any(shape[1:] == bank for shape in shapes)
+
+
+def test_plan_is_cut_into_runs_of_equal_blocks():
+    kinds = ["kda", "dense"] + ["kda", "moe"] * 2 + ["mla", "moe"] + (["kda", "moe"] * 3 + ["mla", "moe"]) * 2
+    segments = cut(kinds, 8)
+    assert [(segment.kinds[1], segment.slots.shape) for segment in segments] == [("dense", (1, 8)), ("moe", (2, 8))]
+    np.testing.assert_array_equal(segments[1].slots[1], [6, 7, 7, 8, 8, 9, 2, 10])
+    assert [s.slots.shape for s in cut(["a", "b"] * 5, 4)] == [(2, 4), (1, 2)]
+    assert isinstance(segments[0], Segment)
