@@ -11,7 +11,7 @@ from attnres_jax.cli import launch
 from attnres_jax.config import read_config
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation import evaluate
-from attnres_jax.training import enable_compilation_cache, restore_model
+from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
@@ -26,6 +26,8 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     enable_compilation_cache(read_config(workdir / "config.json").data)
     config, model, step = restore_model(workdir, STEP.value)
     text = load_text(config.data, config.model.vocab_size)
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.check_text(step, text.fingerprint)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
     result = evaluate(model, batches, text.token_bytes, splits=config.training.accumulation)
     print(

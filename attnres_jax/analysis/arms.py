@@ -132,4 +132,5 @@ def _split(runs: Sequence[Run], key: str, read: Callable[[Run], Any]) -> str:
     if len(places) < 2:
         return ""
     shown = [f"{value:,}" if type(value) is int else repr(value) for value in places]
-    return f"{key} is " + " and ".join(f"{v} in {', '.join(at)}" for v, at in zip(shown, places.values(), strict=True))
+    where = [", ".join(at[:3]) + (f" and {len(at) - 3} more" if len(at) > 3 else "") for at in places.values()]
+    return f"{key} is " + "; ".join(f"{value} in {at}" for value, at in zip(shown, where, strict=True))

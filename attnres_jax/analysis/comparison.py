@@ -1,12 +1,14 @@
-"""Comparison of arms: the table, and one plain sentence on every difference, judged against the spread of seeds."""
+"""Comparison of arms: the table of what they reached and what they cost, as data and as text for a terminal."""
 
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from attnres_jax.analysis.arms import Arm, group, same_tokens, warnings
+from attnres_jax.analysis.arms import Arm, differing, group, same_tokens, warnings
+from attnres_jax.analysis.judgement import Judgement, judge
 from attnres_jax.analysis.runs import Run, read_run
 
 
@@ -27,10 +29,12 @@ class Metric:
         if not math.isfinite(mean):
             return "not finite" if self.read in _LOSSES else "–"
         shown = f"{mean:,.{self.digits}f}"
-        return shown if math.isnan(spread) else f"{shown} ± {spread:,.{self.digits}f}"
+        return f"{shown} ± {spread:,.{self.digits}f}" if spread > 1e-9 * abs(mean) else shown
 
 
-_LOSSES = tuple(getattr(Run, key).fget for key in ("final_loss", "best_loss", "final_bits_per_byte", "best_bits_per_byte"))
+_LOSSES = tuple(
+    getattr(Run, key).fget for key in ("final_loss", "best_loss", "final_bits_per_byte", "best_bits_per_byte")
+)
 
 METRICS = (
     Metric("held-out loss, final", _LOSSES[0], 4),
@@ -52,8 +56,10 @@ class Comparison:
     arms: tuple[Arm, ...]
     rows: tuple[tuple[str, ...], ...]
     """The table: label, then a cell an arm."""
-    judgements: tuple[str, ...]
-    """A sentence for each pair of arms that is compared."""
+    differences: Mapping[str, Sequence[Any]]
+    """Config keys in which the arms differ, with their values."""
+    judgements: tuple[Judgement, ...]
+    """One for each pair of arms that is compared; those against the first arm come first."""
     warnings: tuple[str, ...]
     """What makes the runs hard to compare."""
 
@@ -75,7 +81,7 @@ def compare(workdirs: Sequence[str | Path]) -> Comparison:
     pairs = itertools.combinations(arms, 2) if len(arms) <= 3 else ((arms[0], arm) for arm in arms[1:])
     by_token = same_tokens(runs)
     judgements = tuple(judge(first, second, by_token=by_token) for first, second in pairs)
-    return Comparison(tuple(arms), tuple(_rows(arms)), judgements, tuple(warnings(runs)))
+    return Comparison(tuple(arms), tuple(_rows(arms)), differing(runs), judgements, tuple(warnings(runs)))
 
 
 def text(comparison: Comparison) -> str:
@@ -90,51 +96,24 @@ def text(comparison: Comparison) -> str:
         lines.append("  ".join(cells).rstrip())
         if row is header:
             lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
-    lines += ["", *comparison.judgements] if comparison.judgements else []
+    if comparison.differences:
+        lines += [
+            "",
+            f"The arms differ in {told_differences(comparison)}.",
+            *(judgement.sentence for judgement in comparison.judgements),
+        ]
     return "\n".join(lines)
 
 
-def judge(first: Arm, second: Arm, *, by_token: bool = True) -> str:
-    """One sentence on the difference of `second` to `first` in final held-out loss.
+def told_differences(comparison: Comparison) -> str:
+    """`model.depth.rule (residual, block) and training.steps (100, 200)`."""
+    told = [f"{key} ({', '.join(map(str, values))})" for key, values in comparison.differences.items()]
+    return listed(told)
 
-    The spread of seeds is one standard deviation to either side: a difference is inside it when the two intervals
-    overlap. Seeds that both arms have are also compared pair by pair, since a seed fixes the order of the data.
 
-    Args:
-      first: the arm held against.
-      second: the arm judged.
-      by_token: False compares bits per byte, for arms whose tokens are not the same pieces of text.
-    """
-    read = Run.final_loss.fget if by_token else Run.final_bits_per_byte.fget
-    a, b = first.by_seed(read), second.by_seed(read)
-    for arm, values in ((first, a), (second, b)):
-        if not all(map(math.isfinite, values.values())):
-            return f"{arm.label} did not end with a finite held-out loss: nothing to compare with it."
-    difference = second.mean(read) - first.mean(read)
-    if difference == 0:
-        return f"{second.label} and {first.label} are exactly equal."
-    unit = "" if by_token else " bits/byte"
-    size = f"{_digits(difference)}{unit} ({100 * abs(difference) / abs(first.mean(read)):.2f} %)"
-    claim = f"{second.label} is {_direction(difference)} than {first.label} by {size}"
-    spreads = {arm: arm.spread(read) for arm in (first, second) if len(arm.seeds) > 1}
-    if not spreads:
-        return f"{claim}; n = 1: the spread of seeds is unknown, so this is one observation."
-    told = " and ".join(f"± {_digits(spread)} over {len(arm.seeds)} seeds of {arm.label}" for arm, spread in spreads.items())
-    inside = abs(difference) <= sum(spreads.values())
-    place = f"{'inside' if inside else 'outside'} the spread of seeds ({told})"
-    if len(spreads) == 1:
-        single = first if second in spreads else second
-        return f"{claim}: {place}, but {single.label} has n = 1, so this is one observation."
-    paired = [b[seed] - a[seed] for seed in sorted(a.keys() & b.keys())]
-    agreeing = sum((value < 0) == (difference < 0) and value != 0 for value in paired)
-    if len(paired) < 2:
-        return f"{claim}: {place}."
-    if agreeing < len(paired):
-        return f"{claim} on average, in {agreeing} of {len(paired)} shared seeds: {place}."
-    least, most = sorted((min(paired, key=abs), max(paired, key=abs)), key=abs)
-    chance = f"equal arms would agree so 1 time in {2 ** (len(paired) - 1)}"
-    every = f"in every one of {len(paired)} seeds (by {_digits(least)} to {_digits(most)}; {chance})"
-    return f"{claim} on average and {_direction(difference)} {every}, {place}."
+def listed(words: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
@@ -152,11 +131,3 @@ def _rows(arms: Sequence[Arm]) -> list[tuple[str, ...]]:
 
 def _seeds(arm: Arm) -> str:
     return ", ".join(map(str, arm.seeds)) + (f" (n = {len(arm.seeds)})" if len(arm.seeds) > 1 else "")
-
-
-def _direction(difference: float) -> str:
-    return "lower" if difference < 0 else "higher"
-
-
-def _digits(value: float) -> str:
-    return f"{abs(value):.4f}" if abs(value) >= 0.001 else f"{abs(value):.2g}"

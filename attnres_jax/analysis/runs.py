@@ -104,7 +104,9 @@ def read_run(workdir: str | Path) -> Run:
     """
     workdir = Path(workdir)
     if not workdir.is_dir():
-        raise RunError(f"workdir '{workdir}' does not exist; train one with: python train.py --config=... --workdir={workdir}")
+        raise RunError(
+            f"workdir '{workdir}' does not exist; train one with: python train.py --config=... --workdir={workdir}"
+        )
     config = read_config(workdir / "config.json")
     rows, notes = _read_metrics(workdir / "metrics.jsonl")
     if not rows["eval"]:

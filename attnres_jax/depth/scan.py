@@ -95,11 +95,15 @@ def depth_scan(
       The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
     """
     places = _places(rule, segments, _length(bank))
-    capacity = _length(bank) + sum(segment.slots.shape[0] * rule.num_appended(len(segment.kinds)) for segment in segments)
+    capacity = _length(bank) + sum(
+        segment.slots.shape[0] * rule.num_appended(len(segment.kinds)) for segment in segments
+    )
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
 
     def forward(stacks, sites, stream, bank, context, save):
-        bank = jax.tree.map(lambda slots: jnp.zeros((capacity, *slots.shape[1:]), slots.dtype).at[: len(slots)].set(slots), bank)
+        bank = jax.tree.map(
+            lambda slots: jnp.zeros((capacity, *slots.shape[1:]), slots.dtype).at[: len(slots)].set(slots), bank
+        )
         reports, saved = [], []
         for index, segment in enumerate(segments):
 
@@ -229,7 +233,9 @@ def _slots_at(bank: PyTree, start: Int[Array, ""] | int, count: int) -> PyTree:
 def _take(stacks, kinds, slots):
     """Each sublayer's own parameters, as arrays of their own: the scan recognises them again in the backward pass."""
     return tuple(
-        jax.tree.map(lambda stack, slot=slots[i]: jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False), stacks[kind])
+        jax.tree.map(
+            lambda stack, slot=slots[i]: jax.lax.dynamic_index_in_dim(stack, slot, keepdims=False), stacks[kind]
+        )
         for i, kind in enumerate(kinds)
     )
 

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 
 class Sites(nnx.Module):
@@ -16,6 +16,6 @@ class Sites(nnx.Module):
         self.query = nnx.Param(jnp.zeros((num_sublayers + 1, width)))
         self.key_scale = nnx.Param(jnp.ones((num_sublayers + 1, width)))
 
-    def at(self, site: int) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
+    def at(self, site: int | Int[Array, ""]) -> tuple[Float[Array, " D"], Float[Array, " D"]]:
         """One site's query and key scale."""
         return self.query[site], self.key_scale[site]

@@ -11,8 +11,8 @@ from attnres_jax.layers.rotary import rotary_tables
 class Context(NamedTuple):
     """Computed once a forward pass, since nothing in it depends on depth."""
 
-    cos: Float[Array, "B T 1 K/2"]
-    sin: Float[Array, "B T 1 K/2"]
+    cos: Float[Array, "B T 1 half"]
+    sin: Float[Array, "B T 1 half"]
     same_document: Bool[Array, "B 1 T T"] | None
     """None: the whole row is one document. The causal mask comes on top."""
 

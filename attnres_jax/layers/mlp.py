@@ -18,7 +18,7 @@ class SwiGLU(nnx.Module):
         self.up = Linear(width, hidden, rngs=rngs)
         self.down = Linear(hidden, width, rngs=rngs)
 
-    def __call__(self, h: Float[Array, "*batch D"], context: Context) -> Float[Array, "*batch D"]:
+    def __call__(self, h: Float[Array, "*batch D"], context: Context | None) -> Float[Array, "*batch D"]:
         """Maps each position on its own."""
         x = self.norm(h)
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))

@@ -24,14 +24,13 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = Embedding(config.vocab_size, config.width, config.dtype, rngs=rngs)
         self.sublayers = nnx.Dict(
-            {
-                kind: _stack(MAKERS[kind], config, self.plan().count(kind), rngs)
-                for kind in dict.fromkeys(self.plan())
-            }
+            {kind: _stack(MAKERS[kind], config, self.plan().count(kind), rngs) for kind in dict.fromkeys(self.plan())}
         )
         self.sites = self.rule().init_sites(len(self.plan()), config.width)
         self.final_norm = RMSNorm(config.width, config.norm_eps, config.dtype)
-        self.head = None if config.tie_embeddings else Embedding(config.vocab_size, config.width, config.dtype, rngs=rngs)
+        self.head = (
+            None if config.tie_embeddings else Embedding(config.vocab_size, config.width, config.dtype, rngs=rngs)
+        )
 
     def __call__(
         self,
@@ -79,7 +78,9 @@ class Decoder(nnx.Module):
     def context(self, tokens, segment_ids=None, positions=None) -> Context:
         """What every sublayer sees beside its input."""
         if tokens.shape[1] > self.config.max_length:
-            raise ValueError(f"a row of {tokens.shape[1]} tokens is longer than model.max_length={self.config.max_length}")
+            raise ValueError(
+                f"a row of {tokens.shape[1]} tokens is longer than model.max_length={self.config.max_length}"
+            )
         return make_context(tokens, segment_ids, positions, head_dim(self.config), self.config.rope_theta)
 
 

@@ -1,9 +1,9 @@
 """Training: the loop, its step, optimizer, checkpoints and records."""
 
-from attnres_jax.training.checkpoints import CheckpointError, restore_model
+from attnres_jax.training.checkpoints import ChangedTextError, CheckpointError, open_checkpoints, restore_model
 from attnres_jax.training.compilation import enable_compilation_cache
 from attnres_jax.training.flops import forward_flops_per_token, training_flops_per_token
-from attnres_jax.training.loop import ChangedTextError, train
+from attnres_jax.training.loop import train
 from attnres_jax.training.meter import NonFiniteError
 from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from attnres_jax.training.state import TrainState, new_state
@@ -22,6 +22,7 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "new_state",
+    "open_checkpoints",
     "restore_model",
     "train",
     "training_flops_per_token",

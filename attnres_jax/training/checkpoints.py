@@ -20,7 +20,11 @@ from attnres_jax.training.state import TrainState, new_state
 
 
 class CheckpointError(UserError):
-    """No such checkpoint."""
+    """No such checkpoint, or one that cannot be read."""
+
+
+class ChangedTextError(UserError):
+    """The text is no longer the one that the checkpoint was trained on, so neither are its tokens."""
 
 
 class Checkpoints(contextlib.AbstractContextManager):
@@ -32,6 +36,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._workdir = directory.parent
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
     def __exit__(self, *_: Any) -> None:
@@ -64,6 +69,19 @@ class Checkpoints(contextlib.AbstractContextManager):
     def record(self, step: int) -> dict[str, Any]:
         """What was given to `save` as `record`."""
         return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+
+    def check_text(self, step: int, fingerprint: str) -> None:
+        """Compares the text at hand with that of a checkpoint, whose record holds its fingerprint as `text`.
+
+        Raises:
+          ChangedTextError: if they differ.
+        """
+        then = self.record(step)["text"]
+        if then != fingerprint:
+            raise ChangedTextError(
+                f"the text of {self._workdir} has changed since step {step} (fingerprint {then}, now {fingerprint}); "
+                "bring back the text as it was, or train in a new --workdir"
+            )
 
     def restore(self, step: int, shapes: TrainState, batches: Any) -> TrainState:
         """The state saved at `step`, put where the shapes' shardings say; sets the position of `batches`."""
@@ -106,7 +124,8 @@ def restore_model(workdir: Path | str, step: int | None = None) -> tuple[Config,
         try:
             model = checkpoints.restore_model(step, abstract_state(config).model)
         except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint of step {step} in {workdir} cannot be read: {error}") from error
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"the checkpoint of step {step} in {workdir} cannot be read: {reason}") from error
     return config, model, step
 
 

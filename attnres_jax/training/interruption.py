@@ -26,5 +26,5 @@ class Interruption(contextlib.AbstractContextManager):
     def _request(self, number: int, _: Any) -> None:
         self.requested = signal.Signals(number).name
         # Not print: a handler may run in the middle of another write to the same stream.
-        os.write(2, f"\n{self.requested}: finishing the step, then saving; once more to stop at once\n".encode())
+        os.write(2, f"\n{self.requested}: stopping after this step, saved; once more to stop at once\n".encode())
         self.__exit__()

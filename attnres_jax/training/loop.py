@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from attnres_jax.config import Config
 from attnres_jax.data import heldout_batches, load_text, train_iterator
-from attnres_jax.errors import UserError
 from attnres_jax.evaluation.perplexity import evaluate
 from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 from attnres_jax.training.compilation import compile_step, program_bytes
@@ -26,10 +25,6 @@ from attnres_jax.training.step import batch_shapes, make_train_step
 from attnres_jax.training.workdir import claim
 
 
-class ChangedTextError(UserError):
-    """The text is no longer the one the run began with."""
-
-
 def train(config: Config, workdir: Path | str) -> dict[str, Any]:
     """Trains in `workdir`, going on from its newest checkpoint if it has one, and returns the run's summary.
 
@@ -42,7 +37,11 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite.
     """
     workdir, training, steps = Path(workdir), config.training, config.training.steps
-    with claim(workdir, config), Checkpoints(workdir / "checkpoints", keep=training.keep_checkpoints) as checkpoints:
+    with (
+        claim(workdir, config),
+        Checkpoints(workdir / "checkpoints", keep=training.keep_checkpoints) as checkpoints,
+        Interruption() as stop,
+    ):
         start = checkpoints.latest() or 0
         summary = read_summary(workdir)
         if start == steps and summary and summary["status"] == "finished":
@@ -68,25 +67,22 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
         record = {"text": text.fingerprint, "seconds": 0.0, "compile_seconds": None, "peak_memory_bytes": None}
         if start:
             record = checkpoints.record(start)
-            _refuse_changed_text(workdir, start, record["text"], text.fingerprint)
+            checkpoints.check_text(start, text.fingerprint)
             state = checkpoints.restore(start, shapes, batches)
             _say(f"resuming {workdir} at step {start} of {steps}")
         else:
             state = jax.jit(partial(new_state, config, optimizer))()
 
         # Step.
-        if start < steps:
+        if start < steps and not stop.requested:
+            _say("compiling the step")
             train_step = make_train_step(training, optimizer, schedule)
             shapes_of_batch = batch_shapes(config.data, jax.process_count())
             train_step, record["compile_seconds"] = compile_step(train_step, shapes, shapes_of_batch, token_bytes)
             record["peak_memory_bytes"] = program_bytes(train_step)
 
         # Loop.
-        with (
-            Records(workdir, start) as records,
-            Progress(config.name, start, steps) as progress,
-            Interruption() as stop,
-        ):
+        with Records(workdir, start) as records, Progress(config.name, start, steps) as progress:
 
             def emit(row: dict[str, Any]) -> None:
                 records.write(row)
@@ -101,7 +97,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                 is_due=lambda step: step in (1, steps) or step % training.log_every == 0,
                 emit=emit,
             )
-            step, stopping = start, False
+            step, stopping = start, stop.requested is not None
             try:
                 while step < steps and not stopping:
                     state, metrics = train_step(state, next(batches), token_bytes)
@@ -140,14 +136,6 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                 peak_memory_bytes=record["peak_memory_bytes"],
                 flops_per_token=flops_per_token,
             )
-
-
-def _refuse_changed_text(workdir: Path, step: int, then: str, now: str) -> None:
-    if then != now:
-        raise ChangedTextError(
-            f"the text of {workdir} has changed since step {step} (fingerprint {then}, now {now}); "
-            "train on the text as it was, or name a new --workdir"
-        )
 
 
 def _say(text: str) -> None:

@@ -37,7 +37,7 @@ class Progress(contextlib.AbstractContextManager):
             self._say(f"step {row['step']}: held-out loss {row['loss']:.4f}, {row['bits_per_byte']:.4f} bits per byte")
             return
         speed = f"{row['tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}")
+        self._bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}", refresh=False)
         due = row["step"] == self._steps or time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES
         if self._lines and due:
             self._shown = time.monotonic()

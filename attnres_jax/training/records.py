@@ -29,7 +29,10 @@ class Records(contextlib.AbstractContextManager):
         if jax.process_index() == 0:
             cut_rows(self.path, start)
             self._file = self.path.open("a")
-            self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+            # Files are named by the second: the suffix keeps apart two processes within one.
+            self._tensorboard = SummaryWriter(
+                str(workdir / "tensorboard"), purge_step=start + 1, filename_suffix=f".{start}"
+            )
 
     def __exit__(self, *_: Any) -> None:
         if self._file:

@@ -37,7 +37,7 @@ def make_train_step(
             "loss": sums["nll"] / total_weight,
             "bits_per_byte": bits_per_byte(sums["nll"], sums["bytes"]),
             "learning_rate": schedule(state.step),
-            "grad_norm": optax.global_norm(gradients),
+            "grad_norm": optax.tree.norm(gradients),
         }
         if config.z_loss:
             metrics["z_loss"] = config.z_loss * sums["log_z_squared"] / total_weight

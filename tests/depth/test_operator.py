@@ -19,6 +19,14 @@ def draw(seed, num_sources, width=24, sites=1, batch=(2, 5)):
     return sources, queries, key_scales, jax.random.normal(keys[3], (*batch, width))
 
 
+def value_and_gradients(form, cotangent, *arguments):
+    def both(*arguments):
+        value, pullback = jax.vjp(form, *arguments)
+        return value, pullback(cotangent)
+
+    return jax.jit(both)(*arguments)
+
+
 def numpy_attention(sources, query, key_scale, eps=1e-6):
     """Equations 2 to 4 with no code of the package."""
     values = np.asarray(sources, np.float64)
@@ -38,7 +46,7 @@ def test_direct_form_equals_the_equations(num_sources):
     np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-6)
 
 
-@pytest.mark.parametrize("num_sources", [2, 3, 4, 6, 9])
+@pytest.mark.parametrize("num_sources", [2, 4, 9])
 def test_forms_agree_in_values_and_gradients(num_sources):
     """Plain (differentiated by JAX), direct and two-phase (by hand): 1e-6 in float32."""
     sources, queries, key_scales, cotangent = draw(1, num_sources)
@@ -53,8 +61,7 @@ def test_forms_agree_in_values_and_gradients(num_sources):
 
     results = []
     for form in (plain, depth_attention, two_phase):
-        value, pullback = jax.vjp(form, sources, queries[0], key_scales[0])
-        results.append((value, pullback(cotangent)))
+        results.append(value_and_gradients(form, cotangent, sources, queries[0], key_scales[0]))
     assert worst(results[1], results[0]) < 1e-6
     assert worst(results[2], results[0]) < 1e-6
 
@@ -74,13 +81,10 @@ def test_hand_written_backward_is_exact_in_float64(num_sources):
         def fast(sources, queries, key_scales, num_valid):
             return normalise(inter_block(sources, queries, key_scales, num_valid))
 
-        def value_and_gradients(form, num_valid):
-            value, pullback = jax.vjp(lambda *draws: form(*draws, num_valid), *draws)
-            return value, pullback(cotangent)
-
-        fast_results = jax.jit(lambda num_valid: value_and_gradients(fast, num_valid))
+        run = jax.jit(lambda n, *draws: value_and_gradients(lambda *draws: fast(*draws, n), cotangent, *draws))
         for num_valid in range(1, num_sources + 1):
-            assert worst(fast_results(num_valid), value_and_gradients(plain, num_valid)) < 1e-12
+            expected = value_and_gradients(lambda *draws, n=num_valid: plain(*draws, n), cotangent, *draws)
+            assert worst(run(num_valid, *draws), expected) < 1e-12
 
 
 def test_no_key_scale_stands_for_ones():
@@ -124,8 +128,8 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
 
 def test_extreme_logits_stay_finite():
     sources, queries, key_scales, cotangent = draw(6, 5)
-    value, pullback = jax.vjp(depth_attention, sources, 1e4 * queries[0], key_scales[0])
-    assert all(bool(jnp.isfinite(x).all()) for x in (value, *pullback(cotangent)))
+    value, gradients = value_and_gradients(depth_attention, cotangent, sources, 1e4 * queries[0], key_scales[0])
+    assert all(bool(jnp.isfinite(x).all()) for x in (value, *gradients))
 
 
 def test_backward_keeps_no_copy_of_the_sources():

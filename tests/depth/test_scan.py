@@ -22,7 +22,9 @@ def call(kind, weight, h, context):
 
 def draw(rule, dtype=jnp.float64):
     keys = jax.random.split(jax.random.key(0), 5)
-    stacks = {kind: jax.random.normal(key, (5, WIDTH, WIDTH), dtype) / 4 for kind, key in zip(PLAN[:2], keys, strict=False)}
+    stacks = {
+        kind: jax.random.normal(key, (5, WIDTH, WIDTH), dtype) / 4 for kind, key in zip(PLAN[:2], keys, strict=False)
+    }
     embedding = jax.random.normal(keys[2], (2, 3, WIDTH), dtype)
     sites = rule.init_sites(SUBLAYERS, WIDTH)
     if sites is not None:
@@ -51,7 +53,25 @@ def looped(rule, context, stacks, sites, embedding):
     return rule.plain(sites, embedding, sublayers).inputs[-1], jnp.stack(means)
 
 
-RULES = [("residual", 2), ("block", 2), ("block", 4), ("block", 6), ("block", 10), ("block", 1), ("full", 4), ("full", 2)]
+def value_and_gradients(form, *arguments):
+    def both(*arguments):
+        value, pullback = jax.vjp(form, *arguments)
+        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), value)
+        return value, pullback(cotangent)
+
+    return jax.jit(both)(*arguments)
+
+
+RULES = [
+    ("residual", 2),
+    ("block", 2),
+    ("block", 4),
+    ("block", 6),
+    ("block", 10),
+    ("block", 1),
+    ("full", 4),
+    ("full", 2),
+]
 
 
 @pytest.mark.parametrize("name, block_size", RULES)
@@ -60,18 +80,10 @@ def test_scan_equals_the_plain_loop_in_float64(name, block_size):
     with jax.enable_x64(True):
         rule = make_rule(name, block_size, 1e-6)
         stacks, sites, embedding, context = draw(rule)
-        expected, expected_pullback = jax.vjp(functools.partial(looped, rule, context), stacks, sites, embedding)
-        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), expected)
+        expected = value_and_gradients(functools.partial(looped, rule, context), stacks, sites, embedding)
         for remat in ("none", "dots", "full"):
-
-            def both(stacks, sites, embedding, remat=remat):
-                form = functools.partial(scanned, rule, context, remat)
-                value, pullback = jax.vjp(form, stacks, sites, embedding)
-                return value, pullback(cotangent)
-
-            value, gradients = jax.jit(both)(stacks, sites, embedding)
-            assert worst(value, expected) < 1e-13
-            assert worst(gradients, expected_pullback(cotangent)) < 1e-12
+            form = functools.partial(scanned, rule, context, remat)
+            assert worst(value_and_gradients(form, stacks, sites, embedding), expected) < 1e-12
 
 
 @pytest.mark.parametrize("name, block_size", [("block", 4), ("full", 4)])
@@ -80,8 +92,7 @@ def test_scan_equals_the_plain_loop_in_float32(name, block_size):
     stacks, sites, embedding, context = draw(rule, jnp.float32)
     results = []
     for form in (functools.partial(scanned, rule, context, "none"), functools.partial(looped, rule, context)):
-        value, pullback = jax.vjp(form, stacks, sites, embedding)
-        results.append((value, pullback(jax.tree.map(jnp.ones_like, value))))
+        results.append(value_and_gradients(form, stacks, sites, embedding))
     assert worst(*results) < 2e-6  # ten sublayers; a single operator is held to 1e-6
 
 
@@ -90,15 +101,15 @@ def test_full_equals_block_of_one_sublayer():
     with jax.enable_x64(True):
         full, block = make_rule("full", 6, 1e-6), make_rule("block", 1, 1e-6)
         stacks, sites, embedding, context = draw(full)
-        value = scanned(full, context, "none", stacks, sites, embedding)
-        assert worst(scanned(block, context, "none", stacks, sites, embedding), value) < 1e-13
+        run = jax.jit(lambda *arguments: [scanned(rule, context, "none", *arguments)[0] for rule in (full, block)])
+        assert worst(*run(stacks, sites, embedding)) < 1e-13
 
 
 def test_first_query_gets_exactly_zero_gradient():
     rule = make_rule("block", 4, 1e-6)
     stacks, sites, embedding, context = draw(rule, jnp.float32)
     loss = lambda sites: (scanned(rule, context, "none", stacks, sites, embedding)[0] ** 2).sum()  # noqa: E731
-    gradient = jax.grad(loss)(sites)
+    gradient = jax.jit(jax.grad(loss))(sites)
     assert np.all(np.asarray(gradient.query[0]) == 0)
     assert np.all(np.asarray(gradient.key_scale[0]) == 0)
     assert np.all(np.abs(np.asarray(gradient.query[1:])).max(1) > 0)

@@ -3,11 +3,15 @@
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 from training_runs import ROOT, SETTINGS
 
 from attnres_jax.config import Config, load_config
+from attnres_jax.data import load_text, train_iterator
 from attnres_jax.training import train
+from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +50,15 @@ def stopped_run(finished_run, tmp_path) -> Path:
     rows = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(rows[:14]) + rows[14][:40])
     return workdir
+
+
+@pytest.fixture
+def poisoned_run(stopped_run, config) -> Path:
+    """The stopped run with another checkpoint, of step 15, whose parameters overflow in the step after it."""
+    batches = train_iterator(load_text(config.data, config.model.vocab_size), config.data, seed=config.seed)
+    with Checkpoints(stopped_run / "checkpoints", keep=9) as checkpoints:
+        state = checkpoints.restore(12, abstract_state(config), batches)
+        huge = jax.tree.map(lambda leaf: jnp.full_like(leaf, 1e30), state.model.sublayers["swiglu"])
+        state.model.sublayers["swiglu"] = huge
+        checkpoints.save(15, state, batches, checkpoints.record(12))
+    return stopped_run

@@ -44,7 +44,9 @@ def model():
 
 def updates_of(config, gradients, params):
     optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
-    return optimizer.update(gradients, optimizer.init(params), params)[0]
+    return jax.jit(lambda gradients, params: optimizer.update(gradients, optimizer.init(params), params)[0])(
+        gradients, params
+    )
 
 
 @pytest.mark.parametrize(("warmup", "steps"), [(4, 20), (0, 7), (6, 7)])

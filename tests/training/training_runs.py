@@ -1,6 +1,10 @@
 """What the tests of runs share: a small configuration, and a run's history."""
 
+import os
+import sys
 from pathlib import Path
+
+import jax
 
 from attnres_jax.training.records import read_rows
 
@@ -33,3 +37,12 @@ def history(workdir: Path) -> list[dict]:
     measured = ("seconds", "tokens_per_second", "step_seconds")
     rows = read_rows(workdir / "metrics.jsonl")
     return [{key: value for key, value in row.items() if key not in measured} for row in rows]
+
+
+def command(script: str, *flags: str) -> list[str]:
+    return [sys.executable, str(ROOT / script), *flags]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with its cache of compiled programs."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}

@@ -1,0 +1,141 @@
+"""Inspection of a trained model: which sources its sites read, and how large outputs and gradients are by sublayer."""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from attnres_jax.data import heldout_batches, load_text
+from attnres_jax.evaluation.perplexity import Batch, token_nll
+from attnres_jax.models import Decoder, unrolled
+from attnres_jax.training import restore_model
+
+MAGNITUDES = ("input_rms", "output_rms", "state_rms", "gradient_rms")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Inspection:
+    """Means over the tokens of some held-out sequences; L sublayers, an attention and an MLP in turn."""
+
+    input_rms: Float[np.ndarray, "L+1"]
+    """RMS over tokens and channels of what each sublayer reads; last, of what the output head reads."""
+    output_rms: Float[np.ndarray, "L"]
+    """Of what each sublayer returns."""
+    state_rms: Float[np.ndarray, "L"]
+    """Of the residual stream after it, or of the block's partial sum (`full`: the output itself)."""
+    gradient_rms: Float[np.ndarray, "L"]
+    """Of the gradient of the summed token losses with respect to what each sublayer returns."""
+    depth_weights: Float[np.ndarray, "L+1 sources"] | None
+    """Mean weight of each source at each site, NaN where a site has no such source; None for a rule without weights."""
+    site_labels: tuple[str, ...]
+    source_labels: tuple[str, ...]
+    """Of the columns of `depth_weights`. A block's column also holds its partial sum, for the sites inside it."""
+
+    def save(self, path: Path) -> None:
+        """Writes an .npz file, whole or not at all."""
+        arrays = {key: value for key, value in dataclasses.asdict(self).items() if value is not None}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            np.savez(file, **arrays)
+        os.replace(temporary, path)
+
+
+def inspect_run(workdir: Path | str, *, num_sequences: int = 4) -> Inspection:
+    """Inspects the newest checkpoint of a run on held-out text and writes inspection.npz into its workdir.
+
+    Raises:
+      UserError: if the run has no checkpoint to load, or its text cannot be read.
+    """
+    config, model, _ = restore_model(workdir)
+    text = load_text(config.data, config.model.vocab_size)
+    batches = heldout_batches(text, config.data, num_sequences)
+    inspection = inspect_model(model, {key: np.concatenate([b[key] for b in batches]) for key in batches[0]})
+    inspection.save(Path(workdir) / "inspection.npz")
+    return inspection
+
+
+def inspect_model(model: Decoder, batch: Batch) -> Inspection:
+    """Depth weights and magnitudes of `model` on the real tokens of `batch`, one sequence at a time.
+
+    Args:
+      model: a decoder under any depth rule.
+      batch: arrays [B, T] as the data pipeline makes them; rows and tokens of padding (segment 0) do not count.
+    """
+    totals: dict[str, Any] = {}
+    tokens = 0
+    for row in range(len(batch["inputs"])):
+        one = {key: np.asarray(value[row : row + 1]) for key, value in batch.items()}
+        count = int((one["segment_ids"] > 0).sum())
+        if count:
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), _jitted_sums()(model, one))
+            totals = jax.tree.map(np.add, totals, sums) if totals else sums
+            tokens += count
+    plan = model.plan()
+    sites = [f"{'MLP' if index % 2 else 'attention'} {index // 2 + 1}" for index in range(len(plan))]
+    weights = totals.pop("weights", None)
+    if weights is not None:
+        weights = _left_aligned([site / tokens for site in weights])
+    return Inspection(
+        **{key: np.sqrt(totals[key] / (tokens * model.config.width)).astype(np.float32) for key in MAGNITUDES},
+        depth_weights=weights,
+        site_labels=(*sites, "readout"),
+        source_labels=() if weights is None else _source_labels(sites, weights.shape[1]),
+    )
+
+
+def depth_weights(model: Decoder, batch: Batch) -> Float[np.ndarray, "L+1 sources"] | None:
+    """Mean weight of each source at each site (see `Inspection`); None for a rule without weights."""
+    return inspect_model(model, batch).depth_weights
+
+
+def magnitudes(model: Decoder, batch: Batch) -> dict[str, np.ndarray]:
+    """Root mean squares by sublayer, as in `Inspection`: input_rms, output_rms, state_rms and gradient_rms."""
+    inspection = inspect_model(model, batch)
+    return {key: getattr(inspection, key) for key in MAGNITUDES}
+
+
+@functools.cache
+def _jitted_sums() -> Callable:
+    # A loop over the sublayers is a long program that runs a few times: on CPU, optimising it costs more than it saves.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(_sums, compiler_options=options)
+
+
+def _sums(model: Decoder, row: Mapping[str, Float[Array, "B T"]]) -> dict[str, Any]:
+    """Sums over real tokens: of squares [L or L+1], and of the depth weights, an array [sources] for each site."""
+    real = row["segment_ids"] > 0
+
+    def loss(probes):
+        trace = unrolled(model, row["inputs"], row["segment_ids"], row["positions"], probes=probes)
+        nll, _ = token_nll(trace.logits, row["targets"])
+        return jnp.sum(nll * row["weights"]), trace
+
+    probes = jnp.zeros((len(model.plan()), *row["inputs"].shape, model.config.width))
+    # The sum, not the mean: what reaches an output must not depend on how many tokens are looked at.
+    gradients, trace = jax.grad(loss, has_aux=True)(probes)
+    arrays = {key: getattr(trace, key.replace("_rms", "s")) for key in MAGNITUDES[:3]} | {"gradient_rms": gradients}
+    sums = {key: jnp.einsum("lbtd,bt->l", jnp.square(x.astype(jnp.float32)), real) for key, x in arrays.items()}
+    if trace.weights is not None:
+        sums["weights"] = tuple(jnp.einsum("nbt,bt->n", weights, real) for weights in trace.weights)
+    return sums
+
+
+def _left_aligned(rows: list[np.ndarray]) -> np.ndarray:
+    """One array, NaN right of the end of each row: column n is block n, complete or as its partial sum."""
+    aligned = np.full((len(rows), max(map(len, rows))), np.nan, np.float32)
+    for place, row in zip(aligned, rows, strict=True):
+        place[: len(row)] = row
+    return aligned
+
+
+def _source_labels(sites: list[str], count: int) -> tuple[str, ...]:
+    # As many sources as sublayers, and the embedding: every output is a source of its own.
+    outputs = sites if count == len(sites) + 1 else [f"block {block}" for block in range(1, count)]
+    return ("embedding", *outputs)

@@ -1,0 +1,212 @@
+"""Pictures of runs: matplotlib figures drawn without pyplot, so that they need neither a display nor a global state."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from attnres_jax.analysis.arms import Arm
+from attnres_jax.analysis.runs import Run
+
+# Grey for the first arm, then Okabe and Ito's colours, which colour-blind readers tell apart; dashes differ as well.
+COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+DASHES = ("-", "--", "-.", ":")
+INK, FAINT, BLANK = "#24292f", "#d0d7de", "#f3f4f6"
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": "#8c959f",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#eaeef2",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.7,
+    "figure.constrained_layout.use": True,
+}
+_SIZE = (5.0, 3.3)
+_UNITS = {
+    "tokens": ("training tokens", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))),
+    "flops": (
+        "training compute",
+        tuple((10.0**power, f"{prefix}FLOP") for power, prefix in zip(range(21, 5, -3), "ZEPTGM", strict=True)),
+    ),
+    "seconds": ("training time", ((3600.0, "hours"), (60.0, "minutes"), (1.0, "seconds"))),
+}
+
+
+def loss_curves(arms: Sequence[Arm], *, kind: str = "heldout", against: str = "tokens") -> Figure:
+    """Loss of every arm, a line each (mean of its seeds, a band from the lowest to the highest).
+
+    Args:
+      arms: what to draw.
+      kind: "heldout" or "train" (smoothed over a fiftieth of the run).
+      against: the column on the horizontal axis: "tokens", "flops" or "seconds".
+    """
+    with _axes(_SIZE) as (figure, axes):
+        ends = []
+        scale, label = _unit(arms, against)
+        for arm, look in _looks(arms):
+            x, y = _stack(arm, kind, against) / scale, _stack(arm, kind, "loss")
+            if kind == "train":
+                y = np.array([_smooth(row, max(1, len(row) // 50)) for row in y])
+            axes.plot(
+                x.mean(0), y.mean(0), label=arm.label, marker="o" if kind == "heldout" else None, markersize=3, **look
+            )
+            if len(y) > 1:
+                axes.fill_between(x.mean(0), y.min(0), y.max(0), color=look["color"], alpha=0.15, linewidth=0)
+            ends.append(y[:, len(y[0]) // 10 :])
+        # The fall of the first tenth would flatten all the rest: the axis is cut above it.
+        late = np.concatenate([end.ravel() for end in ends])
+        late = late[np.isfinite(late)]
+        if late.size and np.ptp(late) > 0:
+            axes.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.05 * np.ptp(late))
+        axes.set_xlabel(label)
+        axes.set_ylabel("loss, nats a token")
+        axes.legend()
+    return figure
+
+
+def loss_differences(arms: Sequence[Arm]) -> Figure:
+    """Held-out loss of every arm less the first arm's, at equal tokens; below zero is better than the first arm."""
+    with _axes(_SIZE) as (figure, axes):
+        first = _stack(arms[0], "heldout", "loss")
+        scale, label = _unit(arms, "tokens")
+        tokens = _stack(arms[0], "heldout", "tokens").mean(0) / scale
+        for arm, look in _looks(arms):
+            loss = _stack(arm, "heldout", "loss")
+            length = min(loss.shape[1], first.shape[1])
+            here = _stack(arm, "heldout", "tokens").mean(0)[:length] / scale
+            same = here == tokens[:length]
+            gap = loss[:, :length] - first[:, :length].mean(0)
+            axes.plot(here[same], gap.mean(0)[same], marker="o", markersize=3, label=arm.label, **look)
+            if len(gap) > 1:
+                low, high = gap.min(0)[same], gap.max(0)[same]
+                axes.fill_between(here[same], low, high, color=look["color"], alpha=0.15, linewidth=0)
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"held-out loss less that of {arms[0].label}")
+        axes.legend()
+    return figure
+
+
+def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
+    """One quantity by sublayer, a line for each entry (label to array [L]): attention a circle, MLP a square."""
+    with _axes(_SIZE) as (figure, axes):
+        for (label, values), look in zip(profiles.items(), _cycle(), strict=False):
+            layers = np.arange(1, len(values) + 1)
+            axes.plot(layers, values, label=label, zorder=2, **look)
+            axes.plot(layers[::2], values[::2], "o", markersize=4, color=look["color"])
+            axes.plot(layers[1::2], values[1::2], "s", markersize=3.4, color=look["color"], markerfacecolor="white")
+        positive = np.concatenate([np.ravel(values) for values in profiles.values()])
+        positive = positive[np.isfinite(positive) & (positive > 0)]
+        if positive.size and positive.max() > 30 * positive.min():
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.set_xlabel("sublayer (filled circle: attention, open square: MLP)")
+        axes.set_ylabel(ylabel)
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
+        axes.legend()
+    return figure
+
+
+def depth_heatmap(
+    weights: np.ndarray, site_labels: Sequence[str], source_labels: Sequence[str], *, largest: float = 1.0
+) -> Figure:
+    """Depth weights: a row a site from the first sublayer down to the readout, a column a source, NaN left blank.
+
+    Args:
+      weights: [sites, sources], rows summing to one.
+      site_labels: of the rows.
+      source_labels: of the columns.
+      largest: the weight at the dark end of the scale; give all pictures that are compared the same.
+    """
+    sites, sources = weights.shape
+    numbered = sources <= 10 and sites <= 34
+    with _axes((5.0, min(8.0, 1.5 + 0.19 * sites))) as (figure, axes):
+        axes.grid(False)
+        axes.set_facecolor(BLANK)
+        scale = PowerNorm(0.5, 0.0, largest)
+        mesh = axes.pcolormesh(
+            np.ma.masked_invalid(weights), cmap="YlGnBu", norm=scale, edgecolors="white", linewidth=0.5
+        )
+        if numbered:
+            for row, column in np.argwhere(np.isfinite(weights)):
+                value = weights[row, column]
+                colour = "white" if scale(value) > 0.6 else INK
+                place = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": colour}
+                axes.text(column + 0.5, row + 0.5, f"{value:.2f}".removeprefix("0"), **place)
+        axes.invert_yaxis()
+        axes.xaxis.tick_top()
+        axes.xaxis.set_label_position("top")
+        axes.set_xlabel("source (what is read)")
+        axes.set_ylabel("site (who reads)")
+        for axis, labels in ((axes.xaxis, source_labels), (axes.yaxis, site_labels)):
+            every = -(-len(labels) // 34)
+            shown = [index for index in range(len(labels)) if index % every == 0 or index == len(labels) - 1]
+            axis.set_ticks([index + 0.5 for index in shown], [labels[index] for index in shown], fontsize=8)
+        axes.tick_params(axis="x", rotation=90 if sources > 6 else 0)
+        axes.tick_params(length=0)
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0) if tick <= largest]
+        bar = figure.colorbar(mesh, ax=axes, ticks=ticks, aspect=30, pad=0.02)
+        bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+        bar.set_label("weight (square-root scale)")
+        bar.outline.set_visible(False)
+    return figure
+
+
+@contextmanager
+def _axes(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size)
+        yield figure, figure.subplots()
+
+
+def _looks(arms: Sequence[Arm]) -> Iterator[tuple[Arm, dict[str, str]]]:
+    return zip(arms, _cycle(), strict=False)
+
+
+def _cycle() -> Iterator[dict[str, str]]:
+    pairs = zip(itertools.cycle(COLOURS), itertools.cycle(DASHES), strict=False)
+    return ({"color": colour, "linestyle": dashes} for colour, dashes in pairs)
+
+
+def _stack(arm: Arm, kind: str, column: str) -> np.ndarray:
+    """[runs, rows] of a column, at the steps which all the runs of the arm have."""
+    read: Callable[[Run], Mapping[str, np.ndarray]] = (
+        (lambda run: run.heldout) if kind == "heldout" else (lambda run: run.train)
+    )
+    steps = sorted(set.intersection(*(set(read(run)["step"]) for run in arm.runs)))
+    return np.array([read(run)[column][np.isin(read(run)["step"], steps)] for run in arm.runs])
+
+
+def _smooth(values: np.ndarray, width: int) -> np.ndarray:
+    """Trailing mean over `width` rows, over fewer at the start."""
+    total = np.cumsum(np.insert(values, 0, 0.0))
+    end = np.arange(1, len(values) + 1)
+    start = np.maximum(end - width, 0)
+    return (total[end] - total[start]) / (end - start)
+
+
+def _unit(arms: Sequence[Arm], column: str) -> tuple[float, str]:
+    """What to divide a column by so that its axis needs no exponent, and the label of that axis."""
+    largest = max(run.heldout[column].max() for arm in arms for run in arm.runs)
+    name, units = _UNITS[column]
+    scale, unit = next(((scale, unit) for scale, unit in units if largest >= 2 * scale), units[-1])
+    return scale, f"{name}, {unit}"

@@ -1,0 +1,182 @@
+"""What a depth rule costs: time and memory of a training step, and of a forward pass, over the residual baseline's.
+
+    python benchmarks/step.py                              # width 512, 16 layers, N=8, 1024 tokens, float32
+    python benchmarks/step.py --remat=full --width=1024
+    python benchmarks/step.py --blocks=4,8,16 --pairs=0    # memory and compile time alone
+
+The arms run in turn, a round each, and every figure of an arm is compared with the baseline's of the same round: the
+ratio is the median over rounds. `plain` is the residual baseline as an ordinary `lax.scan` differentiated by JAX: it
+shows that the baseline everything is compared with is not a slow one.
+"""
+
+import dataclasses
+import json
+import platform
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax import nnx
+
+from attnres_jax.cli import launch
+from attnres_jax.config import Config, DepthConfig, ModelConfig, validate_model
+from attnres_jax.errors import ConfigError
+from attnres_jax.models import Decoder
+from attnres_jax.training import TrainState, learning_rate_schedule, make_optimizer, make_train_step
+
+ARMS = flags.DEFINE_list(
+    "arms", ["residual", "plain", "block", "full"], "Depth rules to compare; the first is the baseline."
+)
+WIDTH = flags.DEFINE_integer("width", 512, "Model width.")
+LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers; with several --blocks, layers for 8 blocks.")
+BLOCKS = flags.DEFINE_list("blocks", ["8"], "Blocks N of the block rule, one table each; layers a block stay the same.")
+TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens in a step, as one row.")
+DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
+REMAT = flags.DEFINE_string("remat", "none", "What a block keeps for its backward pass: none, dots, full.")
+PAIRS = flags.DEFINE_integer("pairs", 8, "Rounds; 0 measures memory and compile time alone.")
+JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+class PlainScan(Decoder):
+    """The residual baseline with nothing of the project's scan: `lax.scan` over layers, differentiated by JAX."""
+
+    def __call__(self, tokens, segment_ids=None, positions=None):
+        """Next-token logits."""
+        context = self.context(tokens, segment_ids, positions)
+
+        def layer(stream, sublayers):
+            stream = stream + sublayers["gqa"](stream, context)
+            return stream + sublayers["swiglu"](stream, context), None
+
+        if self.config.remat == "full":
+            layer = jax.checkpoint(layer, prevent_cse=False)
+        stream, _ = jax.lax.scan(layer, self.embedding(tokens), dict(self.sublayers.items()))
+        return self.logits(stream)
+
+
+class Arm(NamedTuple):
+    """A compiled arm and what was measured of it."""
+
+    step: jax.stages.Compiled
+    forward: jax.stages.Compiled | None
+    state: list[TrainState]
+    step_seconds: list[float]
+    forward_seconds: list[float]
+    compile_seconds: float
+
+
+def main(arguments: list[str], overrides: list[str]) -> None:
+    if arguments or overrides:
+        raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
+    per_block, rest = divmod(LAYERS.value, 8 if len(BLOCKS.value) > 1 else int(BLOCKS.value[0]))
+    if rest or not per_block:
+        raise ConfigError(f"--layers={LAYERS.value} is not divisible into {BLOCKS.value[0]} blocks of whole layers")
+    figures = []
+    for blocks in map(int, BLOCKS.value):
+        figures += compare(blocks, per_block)
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def compare(blocks: int, layers_per_block: int) -> list[dict]:
+    """Measures all arms at one depth and prints their table."""
+    layers = blocks * layers_per_block
+    print(
+        f"\nwidth {WIDTH.value}, {layers} layers, N={blocks}, {TOKENS.value} tokens, {DTYPE.value}, remat {REMAT.value}; "
+        f"{jax.devices()[0].device_kind}, {platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+    )
+    arms = {name: build(name, layers, 2 * layers_per_block) for name in ARMS.value}
+    for _ in range(PAIRS.value):
+        for arm in arms.values():
+            measure(arm)
+    base, figures = arms[ARMS.value[0]], []
+    activation = TOKENS.value * WIDTH.value * jnp.dtype(DTYPE.value).itemsize
+    print(
+        f"{'arm':10}{'step s':>9}{'ratio':>8}{'forward s':>11}{'ratio':>8}{'temp MB':>9}{'+ acts':>8}{'compile s':>11}"
+    )
+    for name, arm in arms.items():
+        temp = arm.step.memory_analysis().temp_size_in_bytes
+        extra = (temp - base.step.memory_analysis().temp_size_in_bytes) / activation
+        row = {"temp_bytes": (temp, "bytes"), "extra_activations": (extra, "[B, T, D]")}
+        row["compile_seconds"] = (arm.compile_seconds, "s")
+        if PAIRS.value:
+            row["step_seconds"] = (float(np.median(arm.step_seconds)), "s")
+            row["forward_seconds"] = (float(np.median(arm.forward_seconds)), "s")
+            row["step_ratio"] = (float(np.median(np.divide(arm.step_seconds, base.step_seconds))), "ratio")
+            row["forward_ratio"] = (float(np.median(np.divide(arm.forward_seconds, base.forward_seconds))), "ratio")
+        times = [
+            f"{row[key][0]:.3f}" if key in row else "-"
+            for key in ("step_seconds", "step_ratio", "forward_seconds", "forward_ratio")
+        ]
+        print(
+            f"{name:10}{times[0]:>9}{times[1]:>8}{times[2]:>11}{times[3]:>8}{temp / 1e6:>9.0f}{extra:>8.1f}{arm.compile_seconds:>11.1f}"
+        )
+        figures += [
+            {"name": f"N{blocks}/{name}/{key}", "value": value, "unit": unit} for key, (value, unit) in row.items()
+        ]
+    return figures
+
+
+def build(name: str, layers: int, block_size: int) -> Arm:
+    """Compiles the project's own training step for one depth rule."""
+    depth = DepthConfig(rule="residual" if name == "plain" else name, block_size=block_size)
+    model_config = ModelConfig(
+        vocab_size=256,
+        width=WIDTH.value,
+        num_layers=layers,
+        num_heads=max(1, WIDTH.value // 64),
+        num_kv_heads=max(1, WIDTH.value // 64),
+        mlp_width=WIDTH.value * 11 // 4,
+        max_length=TOKENS.value,
+        dtype=DTYPE.value,
+        remat=REMAT.value,
+        depth=depth,
+    )
+    validate_model(model_config)
+    config = dataclasses.replace(Config(), model=model_config)
+    schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+    optimizer = make_optimizer(config.optimizer, schedule)
+    step = make_train_step(config.training, optimizer, schedule)
+
+    def new_state():
+        model = (PlainScan if name == "plain" else Decoder)(model_config, rngs=nnx.Rngs(0))
+        return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), jax.random.key(0))
+
+    batch, token_bytes = make_batch(), jnp.ones(256, jnp.int32)
+    started = time.perf_counter()
+    compiled = step.lower(jax.eval_shape(new_state), batch, token_bytes).compile()
+    compile_seconds = time.perf_counter() - started
+    if not PAIRS.value:
+        return Arm(compiled, None, [], [], [], compile_seconds)
+    state = jax.jit(new_state)()
+    forward = jax.jit(lambda model, tokens: model(tokens)).lower(state.model, batch["inputs"]).compile()
+    return Arm(compiled, forward, [state], [], [], compile_seconds)
+
+
+def make_batch() -> dict[str, jax.Array]:
+    """One row of random tokens."""
+    tokens = jax.random.randint(jax.random.key(1), (1, TOKENS.value + 1), 0, 256)
+    ones = jnp.ones((1, TOKENS.value), jnp.int32)
+    positions = jnp.arange(TOKENS.value, dtype=jnp.int32)[None]
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:], "segment_ids": ones, "positions": positions}
+    return batch | {"weights": ones.astype(jnp.float32)}
+
+
+def measure(arm: Arm) -> None:
+    """One step and one forward pass."""
+    batch, token_bytes = make_batch(), jnp.ones(256, jnp.int32)
+    jax.block_until_ready(batch)
+    started = time.perf_counter()
+    arm.state[0], _ = jax.block_until_ready(arm.step(arm.state[0], batch, token_bytes))
+    arm.step_seconds.append(time.perf_counter() - started)
+    started = time.perf_counter()
+    jax.block_until_ready(arm.forward(arm.state[0].model, batch["inputs"]))
+    arm.forward_seconds.append(time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    launch(main)

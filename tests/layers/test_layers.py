@@ -1,0 +1,107 @@
+"""Sublayers against independent NumPy float64 readings of their definitions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnres_jax.layers import GroupedQueryAttention, RMSNorm, SwiGLU, make_context
+from attnres_jax.layers.rotary import rotary_tables, rotate
+
+SEGMENTS = jnp.array([[1, 1, 1, 2, 2, 2, 2, 0], [1, 1, 1, 1, 1, 1, 1, 1]])
+
+
+def f64(x):
+    return np.asarray(x, np.float64)
+
+
+def rms_norm(x, scale, eps=1e-6):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * f64(scale)
+
+
+def turned(x, positions, theta=100.0):
+    """Rotary embedding as complex multiplication."""
+    half = x.shape[-1] // 2
+    angles = positions[..., None, None] * theta ** (-np.arange(half) / half)
+    z = (x[..., :half] + 1j * x[..., half:]) * np.exp(1j * angles)
+    return np.concatenate([z.real, z.imag], -1)
+
+
+def attention_by_hand(layer, h, segments, positions, num_kv_heads):
+    x = rms_norm(f64(h), layer.norm.scale[...])
+    heads = [
+        (x @ f64(p.kernel[...])).reshape(*x.shape[:2], -1, layer.head_dim)
+        for p in (layer.query, layer.key, layer.value)
+    ]
+    query, key, value = heads
+    if layer.query_norm is not None:
+        query, key = rms_norm(query, layer.query_norm.scale[...]), rms_norm(key, layer.key_norm.scale[...])
+    query, key = turned(query, positions), turned(key, positions)
+    group = query.shape[2] // num_kv_heads
+    out = np.zeros_like(query)
+    for b, t, head in np.ndindex(query.shape[:3]):
+        seen = [s for s in range(t + 1) if segments[b, s] == segments[b, t]]
+        scores = np.array([query[b, t, head] @ key[b, s, head // group] for s in seen]) / np.sqrt(layer.head_dim)
+        weights = np.exp(scores - scores.max())
+        out[b, t, head] = (weights / weights.sum()) @ value[b, seen, head // group]
+    return out.reshape(*x.shape[:2], -1) @ f64(layer.out.kernel[...])
+
+
+def implementations():
+    """Every attention implementation that this machine can run."""
+    return ["xla", "cudnn"] if jax.default_backend() == "gpu" else ["xla"]
+
+
+@pytest.mark.parametrize("implementation", ["auto", *implementations()])
+@pytest.mark.parametrize("qk_norm, num_kv_heads", [(True, 2), (False, 4)])
+def test_attention_and_its_packing_mask(implementation, qk_norm, num_kv_heads):
+    dtype = "bfloat16" if implementation == "cudnn" else "float32"
+    layer = GroupedQueryAttention(
+        16, 4, num_kv_heads, 6, qk_norm=qk_norm, eps=1e-6, dtype=dtype, implementation=implementation, rngs=nnx.Rngs(0)
+    )
+    h = jax.random.normal(jax.random.key(1), (2, 8, 16))
+    positions = jnp.array([[0, 1, 2, 0, 1, 2, 3, 0], range(8)])
+    y = layer(h, make_context(h[..., 0].astype(int), SEGMENTS, positions, 6, 100.0))
+    expected = attention_by_hand(layer, h, np.asarray(SEGMENTS), np.asarray(positions), num_kv_heads)
+    np.testing.assert_allclose(y, expected, rtol=0, atol=2e-2 if dtype == "bfloat16" else 2e-6)
+
+
+def test_without_segments_a_row_is_one_document():
+    layer = GroupedQueryAttention(
+        16, 2, 2, 8, qk_norm=True, eps=1e-6, dtype="float32", implementation="xla", rngs=nnx.Rngs(0)
+    )
+    h = jax.random.normal(jax.random.key(1), (1, 5, 16))
+    tokens = jnp.zeros((1, 5), int)
+    bare = layer(h, make_context(tokens, None, None, 8, 100.0))
+    np.testing.assert_allclose(bare, layer(h, make_context(tokens, tokens, None, 8, 100.0)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        bare, attention_by_hand(layer, h, np.zeros((1, 5)), np.arange(5)[None], 2), rtol=0, atol=2e-6
+    )
+
+
+def test_rotation_is_by_relative_position():
+    x, y = jax.random.normal(jax.random.key(0), (2, 1, 9, 1, 8))
+    tables = rotary_tables(jnp.arange(9)[None], 8, 100.0)
+    query, key = rotate(x[:, :1].repeat(9, 1), *tables), rotate(y[:, :1].repeat(9, 1), *tables)
+    products = jnp.einsum("bthk,bshk->ts", query, key)
+    for shift in range(1, 5):
+        diagonal = jnp.diagonal(products, shift)
+        np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+
+
+def test_mlp_and_norm():
+    layer = SwiGLU(8, 12, eps=1e-6, dtype="float32", rngs=nnx.Rngs(3))
+    h = 5 * jax.random.normal(jax.random.key(1), (2, 3, 8))
+    x = rms_norm(f64(h), layer.norm.scale[...])
+    gate = x @ f64(layer.gate.kernel[...])
+    expected = (gate / (1 + np.exp(-gate)) * (x @ f64(layer.up.kernel[...]))) @ f64(layer.down.kernel[...])
+    np.testing.assert_allclose(layer(h, None), expected, rtol=0, atol=3e-6)
+    norm = RMSNorm(8, 1e-6, "bfloat16")
+    assert norm(h).dtype == jnp.bfloat16
+
+
+def test_linear_maps_keep_the_variance_of_their_input():
+    layer = SwiGLU(512, 1024, eps=1e-6, dtype="float32", rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (64, 512))
+    assert abs(float(layer.gate(x).std()) - 1) < 0.02
