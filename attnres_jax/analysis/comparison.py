@@ -97,11 +97,8 @@ def text(comparison: Comparison) -> str:
         if row is header:
             lines.append("-" * (sum(widths) + 2 * len(widths) - 2))
     if comparison.differences:
-        lines += [
-            "",
-            f"The arms differ in {told_differences(comparison)}.",
-            *(judgement.sentence for judgement in comparison.judgements),
-        ]
+        lines += ["", f"The arms differ in {told_differences(comparison)}. Final held-out loss, judged:"]
+        lines += [judgement.sentence for judgement in comparison.judgements]
     return "\n".join(lines)
 
 

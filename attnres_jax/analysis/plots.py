@@ -38,7 +38,7 @@ _STYLE = {
     "lines.linewidth": 1.7,
     "figure.constrained_layout.use": True,
 }
-_SIZE = (5.0, 3.3)
+_SIZE = (4.5, 3.2)
 _UNITS = {
     "tokens": ("training tokens", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))),
     "flops": (
@@ -77,7 +77,7 @@ def loss_curves(arms: Sequence[Arm], *, kind: str = "heldout", against: str = "t
             axes.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.05 * np.ptp(late))
         axes.set_xlabel(label)
         axes.set_ylabel("loss, nats a token")
-        axes.legend()
+        _legend(figure)
     return figure
 
 
@@ -99,7 +99,7 @@ def loss_differences(arms: Sequence[Arm]) -> Figure:
                 axes.fill_between(here[same], low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(label)
         axes.set_ylabel(f"held-out loss less that of {arms[0].label}")
-        axes.legend()
+        _legend(figure)
     return figure
 
 
@@ -120,7 +120,7 @@ def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
         axes.set_xlabel("sublayer (filled circle: attention, open square: MLP)")
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-        axes.legend()
+        _legend(figure)
     return figure
 
 
@@ -137,7 +137,7 @@ def depth_heatmap(
     """
     sites, sources = weights.shape
     numbered = sources <= 10 and sites <= 34
-    with _axes((5.0, min(8.0, 1.5 + 0.19 * sites))) as (figure, axes):
+    with _axes((4.6, min(8.0, 1.4 + 0.18 * sites))) as (figure, axes):
         axes.grid(False)
         axes.set_facecolor(BLANK)
         scale = PowerNorm(0.5, 0.0, largest)
@@ -147,7 +147,7 @@ def depth_heatmap(
         if numbered:
             for row, column in np.argwhere(np.isfinite(weights)):
                 value = weights[row, column]
-                colour = "white" if scale(value) > 0.6 else INK
+                colour = "white" if scale(value) > 0.65 else INK
                 place = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": colour}
                 axes.text(column + 0.5, row + 0.5, f"{value:.2f}".removeprefix("0"), **place)
         axes.invert_yaxis()
@@ -164,7 +164,9 @@ def depth_heatmap(
         for spine in axes.spines.values():
             spine.set_visible(False)
         ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0) if tick <= largest]
-        bar = figure.colorbar(mesh, ax=axes, ticks=ticks, aspect=30, pad=0.02)
+        bar = figure.colorbar(
+            mesh, ax=axes, ticks=ticks, aspect=30, pad=0.02, extend="max" if largest < 1 else "neither"
+        )
         bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
         bar.set_label("weight (square-root scale)")
         bar.outline.set_visible(False)
@@ -176,6 +178,12 @@ def _axes(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size)
         yield figure, figure.subplots()
+
+
+def _legend(figure: Figure) -> None:
+    """Above the axes, where it hides nothing."""
+    labels = [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+    figure.legend(loc="outside upper left", ncols=len(labels) if sum(map(len, labels)) <= 40 else 1)
 
 
 def _looks(arms: Sequence[Arm]) -> Iterator[tuple[Arm, dict[str, str]]]:

@@ -41,7 +41,8 @@ def write_report(comparison: Comparison, path: str | Path) -> Path:
 def report(comparison: Comparison) -> str:
     """The HTML."""
     arms = comparison.arms
-    title = f"{listed([arm.label for arm in arms])} compared" if len(arms) > 1 else arms[0].label
+    names = listed([arm.label for arm in arms]) if len(arms) <= 4 else f"{len(arms)} arms"
+    title = f"{names} compared" if len(arms) > 1 else names
     colours = itertools.cycle(plots.COLOURS)
     swatches = [
         f'<span class="swatch" style="background:{colour}"></span>{html.escape(arm.label)}'
@@ -56,7 +57,7 @@ def report(comparison: Comparison) -> str:
         parts.append("<p>Several seeds are shown as mean ± standard deviation.</p>")
     if comparison.judgements:
         judged = [judgement.sentence for judgement in comparison.judgements]
-        parts += ["<h2>The differences, judged</h2>", f"<ul>\n{paragraphs(judged, 'li')}\n</ul>"]
+        parts += ["<h2>Final held-out loss, judged</h2>", f"<ul>\n{paragraphs(judged, 'li')}\n</ul>"]
     parts += ["<h2>Loss</h2>", _grid(_loss_pictures(arms))]
     parts += ["<h2>Magnitudes by depth</h2>", _grid(_magnitude_pictures(arms)) or _not_inspected(arms)]
     parts += ["<h2>What the sites read</h2>", *_depth_weights(arms)]
@@ -84,7 +85,7 @@ def summary(comparison: Comparison) -> str:
             arms[1:], comparison.judgements, strict=False
         )  # the first of them are those against the first arm
         verdicts = [f"{arm.label} is {judgement.brief}" for arm, judgement in against]
-        sentences.append(f"Held against {arms[0].label}: {'; '.join(verdicts)}.")
+        sentences.append(f"In final held-out loss, held against {arms[0].label}: {'; '.join(verdicts)}.")
         if all(len(arm.seeds) == 1 for arm in arms):
             sentences.append("With one seed an arm, the order of the arms may be chance.")
         step = Run.step_seconds.fget
@@ -222,7 +223,7 @@ def _depth_weights(arms: Sequence[Arm]) -> list[str]:
             "a darker cell is a source that the site learned to favour."
         )
         pictures.append(picture(figure, arm.label, alt, caption))
-    note = "One colour scale for all arms. The first site has the embedding alone to read."
+    note = "One colour scale for all arms. The first site has the embedding alone to read, with a weight of 1."
     missing = [arm.label for arm in arms if arm.label not in maps and arm.runs[0].config.model.depth.rule == "residual"]
     if missing:
         note += f" {listed(missing)} has no map: a residual stream is a plain sum."

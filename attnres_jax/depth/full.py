@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from attnres_jax.depth.block import Bank, Block
-from attnres_jax.depth.operator import State, merge_sources, normalise
+from attnres_jax.depth.block import Block
+from attnres_jax.depth.operator import State, depth_logits, merge_sources, normalise
 from attnres_jax.depth.reference import Plain, plain_block_attention_residuals
 from attnres_jax.depth.scan import Place, Sublayer
 from attnres_jax.depth.sites import Sites
@@ -17,13 +18,16 @@ class Full(Block):
 
     def block(self, sites: Sites, stream: None, view: State, place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2 over the outputs of the own block, which all join the bank."""
-        outputs = [sublayers[0](normalise(view.site(0)))]
-        logits = [self.slots(sites, outputs[0][None]).logits[0]]
+        queries, key_scales = (
+            jax.lax.dynamic_slice_in_dim(rows, place.site, place.num_sites)
+            for rows in (sites.query[...], sites.key_scale[...])
+        )
+        outputs, logits = [sublayers[0](normalise(view.site(0)))], []
         for i, sublayer in enumerate(sublayers[1:], 1):
-            own = jnp.stack([row[place.site + i] for row in logits])
+            logits.append(depth_logits(outputs[-1], queries[i:], key_scales[i:], self.eps))  # for all later sites here
+            own = jnp.stack([rows[i - 1 - j] for j, rows in enumerate(logits)])
             outputs.append(sublayer(merge_sources(view.site(i), tuple(outputs), own)))
-            logits.append(self.slots(sites, outputs[i][None]).logits[0])
-        return None, Bank(jnp.stack(outputs), jnp.stack(logits))
+        return None, self.slots(jnp.stack(outputs))
 
     def num_appended(self, num_sites: int) -> int:
         """Every output."""

@@ -1,12 +1,10 @@
-"""The depth-attention operator: a softmax over earlier outputs, whole or in two phases (Attention Residuals, sections 2-4).
+"""The depth-attention operator: a softmax over earlier outputs, whole or in two phases (Attention Residuals, 2 to 4).
 
 A site with query w and key scale g gives source v the logit w . (g * v / rms(v)) and reads the softmax-weighted sum of
-the sources themselves: keys are RMS-normalised, values are not, and there is no 1/sqrt(D). The work is cut so that each
-source is read as rarely as possible:
+the sources themselves: keys are RMS-normalised, values are not, and there is no 1/sqrt(D). A block has two phases:
 
-    depth_logits    a source against every site that will ever read it: one matmul
-    mix_sources     phase 1: the softmax numerators of all the sites of a block, in one read of the bank
-    merge           phase 2: one site's numerator and the partial sum of its own block, by online softmax
+    inter_block    phase 1: all sites of the block over the completed sources, in one pass over the bank
+    merge          phase 2: one site's phase 1 and the partial sum of its own block, by online softmax
 
 Statistics, logits and sums are float32 at highest precision even if the sources are bfloat16 (and float64 if they are).
 The backward passes are written by hand: they keep their inputs and per-token scalars, never a copy of the sources, and
@@ -21,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TPUs would multiply float32 in bfloat16 passes, GPUs in TF32
-CHUNK = 4  # slots of the bank read in one pass over a block's numerators
+CHUNK = 4  # slots of the bank that one step of phase 1 reads
 
 
 class State(NamedTuple):
@@ -56,10 +54,12 @@ def depth_attention(
       eps: added to the mean square of a source.
       return_weights: also return the float32 weights, which sum to one over N.
     """
+    state = inter_block(sources, query[None], None if key_scale is None else key_scale[None], len(sources), eps=eps)
+    mixed = normalise(state.site(0)).astype(sources.dtype)
+    if not return_weights:
+        return mixed
     key_scale = jnp.ones_like(query) if key_scale is None else key_scale
-    logits = jnp.swapaxes(depth_logits(sources, query[None], key_scale[None], eps), 0, 1)
-    mixed = normalise(mix_sources(sources, logits, sources.shape[0]).site(0)).astype(sources.dtype)
-    return (mixed, jax.nn.softmax(logits[:, 0], axis=0)) if return_weights else mixed
+    return mixed, jax.nn.softmax(depth_logits(sources, query[None], key_scale[None], eps)[0], axis=0)
 
 
 def inter_block(
@@ -70,7 +70,7 @@ def inter_block(
     *,
     eps: float = 1e-6,
 ) -> State:
-    """Phase 1: what the S sites of a block take from the completed sources, in one read of the bank (Algorithm 1).
+    """Phase 1: what the S sites of a block take from the completed sources (Algorithm 1).
 
     Args:
       bank: sources; slots from `num_valid` on have no influence and may hold anything finite.
@@ -82,8 +82,8 @@ def inter_block(
     Returns:
       Unnormalised numerator [S, *batch, D], running maximum and denominator [S, *batch].
     """
-    key_scales = jnp.ones_like(queries) if key_scales is None else key_scales
-    return mix_sources(bank, jnp.swapaxes(depth_logits(bank, queries, key_scales, eps), 0, 1), num_valid)
+    folded = queries if key_scales is None else queries * key_scales
+    return read_bank(bank, reciprocal_rms(bank, eps), folded, num_valid)
 
 
 def merge(
@@ -121,8 +121,7 @@ def depth_logits(
 
 
 def _depth_logits_forward(sources, queries, key_scales, eps):
-    values = _wide(sources)
-    rms = jax.lax.rsqrt(jnp.mean(values * values, axis=-1) + eps)
+    values, rms = _wide(sources), reciprocal_rms(sources, eps)
     folded = (queries * key_scales).astype(values.dtype)  # only the product enters: w . (g * v) = (w * g) . v
     logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
     return logits, (sources, queries, key_scales, rms, logits)
@@ -147,92 +146,111 @@ def _depth_logits_backward(eps, saved, logits_bar):
 depth_logits.defvjp(_depth_logits_forward, _depth_logits_backward)
 
 
+def reciprocal_rms(sources: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch"]:
+    """1 / sqrt(mean(source^2) + eps), a constant to gradients: `read_bank` accounts for it itself."""
+    values = _wide(sources)
+    return jax.lax.stop_gradient(jax.lax.rsqrt(jnp.mean(values * values, axis=-1) + eps))
+
+
 @jax.custom_vjp
-def mix_sources(
-    values: Float[Array, "N *batch D"], logits: Float[Array, "N S *batch"], num_valid: int | Int[Array, ""]
-) -> State:
-    """Phase 1 from given logits: the numerators of S softmaxes over the first `num_valid` sources."""
-    num_valid = jnp.asarray(num_valid)
-    maximum, weights = _inter_weights(logits, num_valid)
-    chunk = min(CHUNK, values.shape[0])
-
-    def add(step, numerator):
-        start, read = _chunk(values, step, chunk)
-        weight = jax.lax.dynamic_slice_in_dim(weights, start, chunk) * _unread(step, start, chunk, weights.ndim)
-        return numerator + sum(weight[i, ..., None] * _wide(read[i]) for i in range(chunk))
-
-    steps = (num_valid + chunk - 1) // chunk
-    numerator = jax.lax.fori_loop(0, steps, add, jnp.zeros(logits.shape[1:] + values.shape[-1:], logits.dtype))
-    return State(numerator, maximum, jnp.sum(weights, axis=0))
-
-
-def _mix_sources_forward(values, logits, num_valid):
-    state = mix_sources(values, logits, num_valid)
-    return state, (values, logits, num_valid)
-
-
-def _mix_sources_backward(saved, state_bar):
-    values, logits, num_valid = saved
-    return *mix_sources_transpose(values, logits, num_valid, state_bar, jnp.zeros_like(values)), None
-
-
-mix_sources.defvjp(_mix_sources_forward, _mix_sources_backward)
-
-
-def mix_sources_transpose(
+def read_bank(
     values: Float[Array, "N *batch D"],
-    logits: Float[Array, "N S *batch"],
+    rms: Float[Array, "N *batch"],
+    folded: Float[Array, "S D"],
     num_valid: int | Int[Array, ""],
-    state_bar: State,
-    values_bar: Float[Array, "N *batch D"],
-) -> tuple[Float[Array, "N *batch D"], Float[Array, "N S *batch"]]:
-    """The backward pass of `mix_sources`, added into `values_bar`: one read of the bank, one update of its cotangent.
+) -> State:
+    """Phase 1 given the `reciprocal_rms` of the sources and the products `folded` of queries and key scales.
 
-    Returns:
-      The updated cotangent of the values, and the cotangent of the logits (zero at slots that are not valid).
+    An online softmax over chunks of the valid slots: the rest of the bank is not read.
     """
-    num_valid = jnp.asarray(num_valid)
-    _, weights = _inter_weights(logits, num_valid)
-    chunk = min(CHUNK, values.shape[0])
-    sites = logits.shape[1]
+    num_valid, maximum = jnp.asarray(num_valid), jnp.full((len(folded), *rms.shape[1:]), -jnp.inf, rms.dtype)
 
-    def add(step, carry):
-        values_bar, dots = carry
-        start, read = _chunk(values, step, chunk)
-        weight = jax.lax.dynamic_slice_in_dim(weights, start, chunk) * _unread(step, start, chunk, weights.ndim)
-        numerator_bar = state_bar.numerator
-        # One variadic reduction: the chunk is read once for all sites (XLA on CPU runs the einsum 2x slower).
-        products = tuple(numerator_bar[s] * _wide(read) for s in range(sites))
-        dot = jax.lax.reduce(products, (jnp.zeros((), logits.dtype),) * sites, _add_pairs, (read.ndim - 1,))
-        old = jax.lax.dynamic_slice_in_dim(values_bar, start, chunk)
-        new = old + sum(weight[:, s, ..., None] * numerator_bar[s] for s in range(sites)).astype(old.dtype)
-        return (
-            jax.lax.dynamic_update_slice_in_dim(values_bar, new, start, 0),
-            jax.lax.dynamic_update_slice_in_dim(dots, jnp.stack(dot, axis=1), start, 0),
+    def add(step, state):
+        read = _read_chunk(values, rms, folded, num_valid, step)
+        logits = jnp.where(read.mask, read.logits, -jnp.inf)
+        maximum = jnp.maximum(state.maximum, jnp.max(logits, axis=0))
+        weights, scale = jnp.exp(logits - maximum), jnp.exp(state.maximum - maximum)
+        new = sum(weight[..., None] * value for weight, value in zip(weights, read.values, strict=True))
+        return State(
+            scale[..., None] * state.numerator + new, maximum, scale * state.denominator + jnp.sum(weights, axis=0)
         )
 
-    steps = (num_valid + chunk - 1) // chunk
-    values_bar, dots = jax.lax.fori_loop(0, steps, add, (values_bar, jnp.zeros_like(logits)))
-    return values_bar, weights * (dots + state_bar.denominator)
+    zeros = jnp.zeros((*maximum.shape, values.shape[-1]), rms.dtype)
+    return jax.lax.fori_loop(0, _num_chunks(values, num_valid), add, State(zeros, maximum, jnp.zeros_like(maximum)))
 
 
-def _inter_weights(logits, num_valid):
-    """Running maximum over the valid slots and exp(logit - maximum), zero elsewhere. Masked before exp."""
-    valid = (jnp.arange(logits.shape[0]) < num_valid).reshape((-1,) + (1,) * (logits.ndim - 1))
-    masked = jnp.where(valid, logits, -jnp.inf)
-    maximum = jnp.max(masked, axis=0)
-    return maximum, jnp.exp(masked - maximum)
+def _read_bank_forward(values, rms, folded, num_valid):
+    state = read_bank(values, rms, folded, num_valid)
+    return state, (values, rms, folded, num_valid, state.maximum)
 
 
-def _chunk(values, step, chunk):
-    """Start and content of a chunk; the last one is moved back so that it ends with the bank."""
-    start = jnp.minimum(step * chunk, values.shape[0] - chunk)
-    return start, jax.lax.dynamic_slice_in_dim(values, start, chunk)
+def _read_bank_backward(saved, state_bar):
+    values, rms, folded, num_valid, maximum = saved
+    bars = read_bank_transpose(values, rms, folded, num_valid, maximum, state_bar, jnp.zeros_like(values))
+    return bars[0], None, bars[1], None
 
 
-def _unread(step, start, chunk, ndim):
-    """1 for the slots of a chunk that no earlier chunk has read, else 0."""
-    return (start + jnp.arange(chunk) >= step * chunk).reshape((chunk,) + (1,) * (ndim - 1))
+read_bank.defvjp(_read_bank_forward, _read_bank_backward)
+
+
+def read_bank_transpose(
+    values: Float[Array, "N *batch D"],
+    rms: Float[Array, "N *batch"],
+    folded: Float[Array, "S D"],
+    num_valid: int | Int[Array, ""],
+    maximum: Float[Array, "S *batch"],
+    state_bar: State,
+    values_bar: Float[Array, "N *batch D"],
+) -> tuple[Float[Array, "N *batch D"], Float[Array, "S D"]]:
+    """The backward pass of `read_bank`, added into `values_bar` in one pass over the valid slots.
+
+    Returns:
+      The updated cotangent of the values, and the cotangent of `folded`.
+    """
+    num_valid, sites = jnp.asarray(num_valid), len(folded)
+
+    def add(step, carry):
+        values_bar, folded_bar = carry
+        read = _read_chunk(values, rms, folded, num_valid, step)
+        weights = jnp.where(read.mask, jnp.exp(jnp.where(read.mask, read.logits, -jnp.inf) - maximum), 0)
+        # One variadic reduction: the chunk is read once for all sites (XLA on CPU runs the einsum half as fast).
+        products = tuple(state_bar.numerator[s] * read.values for s in range(sites))
+        dots = jax.lax.reduce(products, (jnp.zeros((), rms.dtype),) * sites, _add_pairs, (read.values.ndim - 1,))
+        logits_bar = weights * (jnp.stack(dots, axis=1) + state_bar.denominator)
+        scaled = logits_bar * read.rms[:, None]
+        along = jnp.sum(scaled * read.logits, axis=1) * read.rms / values.shape[-1]
+        new = -along[..., None] * read.values
+        for s in range(sites):
+            new += weights[:, s, ..., None] * state_bar.numerator[s] + scaled[:, s, ..., None] * folded[s]
+        new = jax.lax.dynamic_slice_in_dim(values_bar, read.start, len(new)) + new.astype(values_bar.dtype)
+        folded_bar += jnp.einsum("cs...,c...d->sd", scaled, read.values, precision=HIGHEST)
+        return jax.lax.dynamic_update_slice_in_dim(values_bar, new, read.start, 0), folded_bar
+
+    return jax.lax.fori_loop(0, _num_chunks(values, num_valid), add, (values_bar, jnp.zeros_like(folded)))
+
+
+class _Chunk(NamedTuple):
+    start: Int[Array, ""]
+    values: Float[Array, "C *batch D"]
+    rms: Float[Array, "C *batch"]
+    logits: Float[Array, "C S *batch"]
+    mask: Array  # slots that are valid and that no earlier chunk has read
+
+
+def _num_chunks(values, num_valid):
+    chunk = min(CHUNK, len(values))
+    return (num_valid + chunk - 1) // chunk
+
+
+def _read_chunk(values, rms, folded, num_valid, step) -> _Chunk:
+    chunk = min(CHUNK, len(values))
+    start = jnp.minimum(step * chunk, len(values) - chunk)  # the last chunk is moved back so that it ends with the bank
+    values = _wide(jax.lax.dynamic_slice_in_dim(values, start, chunk))
+    rms = jax.lax.dynamic_slice_in_dim(rms, start, chunk)
+    logits = jnp.einsum("c...d,sd->c...s", values, folded.astype(values.dtype), precision=HIGHEST)
+    logits = jnp.moveaxis(logits, -1, 1) * rms[:, None]
+    slots = (start + jnp.arange(chunk)).reshape((chunk,) + (1,) * (logits.ndim - 1))
+    return _Chunk(start, values, rms, logits, (slots >= step * chunk) & (slots < num_valid))
 
 
 def _add_pairs(left, right):

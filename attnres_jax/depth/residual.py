@@ -23,11 +23,12 @@ class Residual:
         """(stream, bank) before the first block."""
         return embedding, None
 
-    def read(self, bank: None, place: Place) -> None:
+    def read(self, sites: None, bank: None, place: Place) -> None:
         """The stream holds all there is to read."""
 
-    def read_transpose(self, bank: None, place: Place, view_bar: None, bank_bar: None) -> None:
+    def read_transpose(self, sites: None, bank: None, place: Place, view: None, view_bar: None, bank_bar: None):
         """No bank, no cotangent."""
+        return None, None
 
     def block(self, sites: None, stream: Float[Array, "*batch D"], view: None, place: Place, sublayers):
         """Adds each output to the stream."""

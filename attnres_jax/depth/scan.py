@@ -51,11 +51,13 @@ class Place(NamedTuple):
 class Rule(Protocol):
     """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; a rule without one has None there."""
 
-    def read(self, bank: PyTree, place: Place) -> PyTree:
+    def read(self, sites: PyTree, bank: PyTree, place: Place) -> PyTree:
         """What the block's sites take from the first `place.num_valid` slots of the bank: the block's view."""
 
-    def read_transpose(self, bank: PyTree, place: Place, view_bar: PyTree, bank_bar: PyTree) -> PyTree:
-        """`bank_bar` plus the cotangent that `view_bar` sends through `read`."""
+    def read_transpose(
+        self, sites: PyTree, bank: PyTree, place: Place, view: PyTree, view_bar: PyTree, bank_bar: PyTree
+    ) -> tuple[PyTree, PyTree]:
+        """The cotangents that `view_bar` sends through `read`: (that of `sites`, that of the bank plus `bank_bar`)."""
 
     def block(
         self, sites: PyTree, stream: PyTree, view: PyTree, place: Place, sublayers: Sequence[Sublayer]
@@ -111,7 +113,7 @@ def depth_scan(
                 stream, bank = carry
                 slots, place = at[0], Place(*at[1:], len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
-                view = rule.read(bank, place)
+                view = rule.read(sites, bank, place)
                 block = _block(rule, segment.kinds, call, place, context, remat if save else "none")
                 if save:
                     (stream, new, report), pullback = jax.vjp(block, sites, stream, view, parameters)
@@ -145,13 +147,16 @@ def depth_scan(
                 (slots, *where), kept, report_bar = at
                 place = Place(*where, len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
-                view = rule.read(bank, place)  # of the final bank: the block's own slots and later ones are masked out
+                view = rule.read(
+                    sites, bank, place
+                )  # of the final bank: the block's own slots and later ones are masked out
                 pullback = structures[index].restore(kept, (sites, view, parameters, context))
                 new_bar = _slots_at(bank_bar, place.num_valid, rule.num_appended(len(segment.kinds)))
                 site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))
-                bank_bar = rule.read_transpose(bank, place, view_bar, bank_bar)
+                read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 stacks_bar = _put(stacks_bar, segment.kinds, slots, parameters_bar)
-                return (stream_bar, bank_bar, stacks_bar, jax.tree.map(jnp.add, sites_bar, site_bar)), None
+                sites_bar = jax.tree.map(lambda *bars: sum(bars), sites_bar, site_bar, read_bar)
+                return (stream_bar, bank_bar, stacks_bar, sites_bar), None
 
             at = (places[index], saved[index], reports_bar[index])
             carry, _ = jax.lax.scan(run_block, carry, at, reverse=True)

@@ -33,7 +33,8 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, directory: Path, *, keep: int | None = None):
         """Opens the directory for training, keeping the newest `keep`; without `keep`, for reading only."""
         if keep is None:
-            options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+            # Not read_only=True, which warns at every opening: without a save nothing is written.
+            options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         else:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._workdir = directory.parent
