@@ -2,8 +2,8 @@
 
   python demo.py [--workdir=runs/demo] [--config.training.steps=100 ...]
 
-Residual baseline, Block AttnRes and Full AttnRes see the same data in the same order from the same seed. The same command
-goes on where it stopped; arms that are done are left as they are.
+Residual baseline, Block AttnRes and Full AttnRes see the same data in the same order, from the same seed. The same
+command goes on where it stopped; arms that are done are left as they are.
 """
 
 import json

@@ -43,7 +43,7 @@ METRICS = (
     Metric("bits/byte, best", _LOSSES[3], 4),
     Metric("tokens/s", Run.tokens_per_second.fget, 0),
     Metric("step time, ms", Run.step_seconds.fget, 1, 1e-3),
-    Metric("peak memory, MiB", Run.peak_memory_bytes.fget, 0, 2**20),
+    Metric("peak memory, MiB", Run.peak_memory_bytes.fget, 0, 2.0**20),
     Metric("compile time, s", Run.compile_seconds.fget, 1),
     Metric("tokens trained", Run.tokens.fget, 0),
 )

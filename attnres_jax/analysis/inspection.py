@@ -3,36 +3,36 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation.perplexity import Batch, token_nll
 from attnres_jax.models import Decoder, unrolled
 from attnres_jax.training import restore_model
 
-MAGNITUDES = ("input_rms", "output_rms", "state_rms", "gradient_rms")
+MAGNITUDES = ("output_rms", "state_rms", "gradient_rms", "input_rms")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Inspection:
     """Means over the tokens of some held-out sequences; L sublayers, an attention and an MLP in turn."""
 
-    input_rms: Float[np.ndarray, "L+1"]
-    """RMS over tokens and channels of what each sublayer reads; last, of what the output head reads."""
     output_rms: Float[np.ndarray, "L"]
-    """Of what each sublayer returns."""
+    """RMS over tokens and channels of what each sublayer returns."""
     state_rms: Float[np.ndarray, "L"]
     """Of the residual stream after it, or of the block's partial sum (`full`: the output itself)."""
     gradient_rms: Float[np.ndarray, "L"]
     """Of the gradient of the summed token losses with respect to what each sublayer returns."""
-    depth_weights: Float[np.ndarray, "L+1 sources"] | None
+    input_rms: Float[np.ndarray, "sites"]
+    """Of what each sublayer reads and, last, of what the output head reads."""
+    depth_weights: Float[np.ndarray, "sites sources"] | None
     """Mean weight of each source at each site, NaN where a site has no such source; None for a rule without weights."""
     site_labels: tuple[str, ...]
     source_labels: tuple[str, ...]
@@ -90,13 +90,13 @@ def inspect_model(model: Decoder, batch: Batch) -> Inspection:
     )
 
 
-def depth_weights(model: Decoder, batch: Batch) -> Float[np.ndarray, "L+1 sources"] | None:
+def depth_weights(model: Decoder, batch: Batch) -> Float[np.ndarray, "sites sources"] | None:
     """Mean weight of each source at each site (see `Inspection`); None for a rule without weights."""
     return inspect_model(model, batch).depth_weights
 
 
 def magnitudes(model: Decoder, batch: Batch) -> dict[str, np.ndarray]:
-    """Root mean squares by sublayer, as in `Inspection`: input_rms, output_rms, state_rms and gradient_rms."""
+    """Root mean squares by sublayer, as in `Inspection`: the arrays that `MAGNITUDES` names."""
     inspection = inspect_model(model, batch)
     return {key: getattr(inspection, key) for key in MAGNITUDES}
 
@@ -108,7 +108,7 @@ def _jitted_sums() -> Callable:
     return jax.jit(_sums, compiler_options=options)
 
 
-def _sums(model: Decoder, row: Mapping[str, Float[Array, "B T"]]) -> dict[str, Any]:
+def _sums(model: Decoder, row: Batch) -> dict[str, Any]:
     """Sums over real tokens: of squares [L or L+1], and of the depth weights, an array [sources] for each site."""
     real = row["segment_ids"] > 0
 
@@ -120,7 +120,12 @@ def _sums(model: Decoder, row: Mapping[str, Float[Array, "B T"]]) -> dict[str, A
     probes = jnp.zeros((len(model.plan()), *row["inputs"].shape, model.config.width))
     # The sum, not the mean: what reaches an output must not depend on how many tokens are looked at.
     gradients, trace = jax.grad(loss, has_aux=True)(probes)
-    arrays = {key: getattr(trace, key.replace("_rms", "s")) for key in MAGNITUDES[:3]} | {"gradient_rms": gradients}
+    arrays = {
+        "output_rms": trace.outputs,
+        "state_rms": trace.states,
+        "gradient_rms": gradients,
+        "input_rms": trace.inputs,
+    }
     sums = {key: jnp.einsum("lbtd,bt->l", jnp.square(x.astype(jnp.float32)), real) for key, x in arrays.items()}
     if trace.weights is not None:
         sums["weights"] = tuple(jnp.einsum("nbt,bt->n", weights, real) for weights in trace.weights)

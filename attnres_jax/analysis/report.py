@@ -70,8 +70,8 @@ def summary(comparison: Comparison) -> str:
     arms = comparison.arms
     tokens = sorted({run.tokens for run in comparison.runs})
     amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"between {tokens[0]:,} and {tokens[-1]:,}"
-    runs = f"{len(comparison.runs)} runs" if len(comparison.runs) > 1 else "One run"
-    sentences = [f"{runs}, each trained on {amount} tokens."]
+    runs = f"{len(comparison.runs)} runs, each" if len(comparison.runs) > 1 else "One run,"
+    sentences = [f"{runs} trained on {amount} tokens."]
     losses = {arm.label: arm.mean(Run.final_loss.fget) for arm in arms}
     finite = {label: loss for label, loss in losses.items() if math.isfinite(loss)}
     ranked = sorted(finite, key=finite.get)
@@ -142,7 +142,7 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
                 "Held-out loss, as a difference",
                 f"Lines of held-out loss less that of {first}, against training tokens. {held}",
                 f"The same curves less that of {first}: below zero is better than {first}, above zero worse. "
-                "A gap that wanders across zero, or bands that overlap, show no difference that these runs resolve.",
+                "A gap that wanders across zero is no difference; bands that overlap ask for more seeds.",
             )
         )
     pictures += [

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnres_jax.depth.operator import State, merge, normalise, read_bank, read_bank_transpose, reciprocal_rms
@@ -34,23 +35,25 @@ class Block:
         """(stream, bank) before the first block: the embedding is source 0."""
         return None, self.slots(embedding[None])
 
-    def read(self, sites: Sites, bank: Bank, place: Place) -> State:
-        """Phase 1: the block's sites over the completed sources."""
-        return read_bank(bank.values, bank.rms, _folded(sites, place), place.num_valid)
+    def read(self, sites: Sites, bank: Bank, place: Place) -> tuple[State, ...]:
+        """Phase 1: each of the block's sites over the completed sources."""
+        state = read_bank(bank.values, bank.rms, _folded(sites, place), place.num_valid)
+        return tuple(state.site(i) for i in range(place.num_sites))
 
-    def read_transpose(self, sites: Sites, bank: Bank, place: Place, view: State, view_bar: State, bank_bar: Bank):
+    def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Bank):
         """The backward pass of phase 1, added into the bank's cotangent."""
         folded, unfold = jax.vjp(lambda sites: _folded(sites, place), sites)
+        maximum = jnp.stack([state.maximum for state in view])
         values_bar, folded_bar = read_bank_transpose(
-            bank.values, bank.rms, folded, place.num_valid, view.maximum, view_bar, bank_bar.values
+            bank.values, bank.rms, folded, place.num_valid, maximum, view_bar, bank_bar.values
         )
         return unfold(folded_bar)[0], Bank(values_bar, bank_bar.rms)
 
-    def block(self, sites: Sites, stream: None, view: State, place: Place, sublayers: Sequence[Sublayer]):
+    def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2: each site merges its share of the bank with the block's partial sum, which joins the bank."""
-        partial = sublayers[0](normalise(view.site(0)))
+        partial = sublayers[0](normalise(view[0]))
         for i, sublayer in enumerate(sublayers[1:], 1):
-            partial = partial + sublayer(merge(view.site(i), partial, *sites.at(place.site + i), eps=self.eps))
+            partial = partial + sublayer(merge(view[i], partial, *sites.at(place.site + i), eps=self.eps))
         return None, self.slots(partial[None])
 
     def num_appended(self, num_sites: int) -> int:

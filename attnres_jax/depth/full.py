@@ -16,17 +16,17 @@ from attnres_jax.depth.sites import Sites
 class Full(Block):
     """Block AttnRes with every output a source of its own; blocks are a schedule, and change nothing but the cost."""
 
-    def block(self, sites: Sites, stream: None, view: State, place: Place, sublayers: Sequence[Sublayer]):
+    def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2 over the outputs of the own block, which all join the bank."""
         queries, key_scales = (
             jax.lax.dynamic_slice_in_dim(rows, place.site, place.num_sites)
             for rows in (sites.query[...], sites.key_scale[...])
         )
-        outputs, logits = [sublayers[0](normalise(view.site(0)))], []
+        outputs, logits = [sublayers[0](normalise(view[0]))], []
         for i, sublayer in enumerate(sublayers[1:], 1):
             logits.append(depth_logits(outputs[-1], queries[i:], key_scales[i:], self.eps))  # for all later sites here
             own = jnp.stack([rows[i - 1 - j] for j, rows in enumerate(logits)])
-            outputs.append(sublayer(merge_sources(view.site(i), tuple(outputs), own)))
+            outputs.append(sublayer(merge_sources(view[i], tuple(outputs), own)))
         return None, self.slots(jnp.stack(outputs))
 
     def num_appended(self, num_sites: int) -> int:

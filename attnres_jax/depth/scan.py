@@ -49,7 +49,7 @@ class Place(NamedTuple):
 
 @runtime_checkable
 class Rule(Protocol):
-    """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; a rule without one has None there."""
+    """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; None where a rule has none."""
 
     def read(self, sites: PyTree, bank: PyTree, place: Place) -> PyTree:
         """What the block's sites take from the first `place.num_valid` slots of the bank: the block's view."""

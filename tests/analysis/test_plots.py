@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+
+from attnres_jax.analysis import depth_heatmap, layer_profile, loss_curves, loss_differences, read_run
+from attnres_jax.analysis.arms import group
+
+
+@pytest.fixture
+def arms(make_run):
+    """A residual arm of one seed and a block arm of two."""
+    runs = [make_run("a", loss=3.0), make_run("b", "block", loss=2.8), make_run("c", "block", seed=1, loss=3.0)]
+    return group([read_run(workdir) for workdir in runs])
+
+
+def drawn(figure):
+    """The figure's lines by label, as (x, y)."""
+    return {line.get_label(): line.get_data() for line in figure.axes[0].lines}
+
+
+def test_loss_is_drawn_at_equal_tokens_with_the_mean_and_range_of_seeds(arms):
+    figure = loss_curves(arms)
+    lines = drawn(figure)
+    tokens = np.array([10, 20, 30, 40]) * 2048 / 1000
+    np.testing.assert_allclose(lines["tiny_residual"], [tokens, [4.5, 4.0, 3.5, 3.0]])
+    np.testing.assert_allclose(lines["tiny_block"], [tokens, [4.4, 3.9, 3.4, 2.9]])
+    (band,) = figure.axes[0].collections
+    ys = band.get_paths()[0].vertices[:, 1]
+    assert (ys.min(), ys.max()) == pytest.approx((2.8, 4.5))
+    assert figure.axes[0].get_xlabel() == "training tokens, thousands"
+
+
+@pytest.mark.parametrize(
+    ("against", "label", "last"),
+    [("flops", "training compute, GFLOP", 819.2), ("seconds", "training time, seconds", 4.0)],
+)
+def test_loss_against_compute_and_time(arms, against, label, last):
+    figure = loss_curves(arms, against=against)
+    assert figure.axes[0].get_xlabel() == label
+    assert drawn(figure)["tiny_residual"][0][-1] == pytest.approx(last)
+
+
+def test_training_loss_is_smoothed_over_a_fiftieth(make_run):
+    run = read_run(make_run("a", steps=200))
+    _, y = drawn(loss_curves(group([run]), kind="train"))["tiny_residual"]
+    raw = run.train["loss"]
+    assert len(y) == 200 and y[0] == pytest.approx(raw[0])
+    assert y[100] == pytest.approx(raw[97:101].mean())
+
+
+def test_differences_are_to_the_first_arm(arms):
+    lines = drawn(loss_differences(arms))
+    np.testing.assert_array_equal(lines["tiny_residual"][1], 0)
+    np.testing.assert_allclose(lines["tiny_block"][1], -0.1)
+
+
+def test_differences_take_the_tokens_that_both_have(make_run):
+    short = make_run("b", "block", steps=30, loss=2.0)
+    lines = drawn(loss_differences(group([read_run(make_run("a")), read_run(short)])))
+    assert len(lines["tiny_block"][0]) == 3 and len(lines["tiny_residual"][0]) == 4
+
+
+def test_profile_turns_logarithmic_where_a_line_would_lie_on_zero():
+    assert layer_profile({"a": np.array([1.0, 2.0])}, "RMS").axes[0].get_yscale() == "linear"
+    assert layer_profile({"a": np.array([1.0, 0.01])}, "RMS").axes[0].get_yscale() == "log"
+
+
+def test_heatmap_draws_what_there_is_on_the_scale_that_is_given():
+    weights = np.array([[1.0, np.nan], [0.25, 0.75]])
+    figure = depth_heatmap(weights, ["attention 1", "readout"], ["embedding", "block 1"], largest=0.8)
+    axes, _ = figure.axes
+    (mesh,) = axes.collections
+    np.testing.assert_array_equal(np.ma.filled(mesh.get_array(), np.nan), weights)
+    assert mesh.norm.vmax == 0.8 and axes.yaxis_inverted()
+    assert [text.get_text() for text in axes.texts] == ["1.00", ".25", ".75"]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["attention 1", "readout"]
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["embedding", "block 1"]

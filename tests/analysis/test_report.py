@@ -1,0 +1,124 @@
+import base64
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+
+from attnres_jax.analysis import RunError, compare, write_report
+from attnres_jax.analysis.report import summary
+
+
+class Page(HTMLParser):
+    """Every start tag with its attributes, and the text of the page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*workdirs):
+        return Page(write_report(compare(workdirs), tmp_path / "out" / "report.html").read_text(encoding="utf-8"))
+
+    return write
+
+
+def test_report_is_one_file_of_whole_pictures_with_words_for_each(write, make_run):
+    page = write(make_run("a"), make_run("b", "block"), make_run("c", "full"))
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 5 + 2 + 2  # losses, magnitudes, maps of the two arms that have depth weights
+    for image in images:
+        kind, data = image["src"].split(",", 1)
+        assert kind == "data:image/svg+xml;base64"
+        assert ElementTree.fromstring(base64.b64decode(data)).tag.endswith("svg")
+        assert len(image["alt"]) > 30
+    assert not any(tag in ("script", "link", "iframe") for tag, _ in page.tags)
+    fetched = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
+    assert all(value.startswith("data:") for value in fetched)
+
+
+def test_report_tells_hardware_versions_date_and_table(write, make_run):
+    workdirs = [make_run("a", loss=3.0), make_run("b", "block", loss=2.9)]
+    page = write(*workdirs)
+    for said in ("20 November 2026", "cpu (2 cores)", "python 3.11.7, jax 0.10.2", "1,234,567", "held-out loss, final"):
+        assert said in page.text, said
+    for judgement in compare(workdirs).judgements:
+        assert judgement.sentence in page.text
+    assert "2.9000" in page.text and "tiny_residual has no map: a residual stream is a plain sum." in page.text
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        (2.9, "tiny_block is lower by 0.1000 in one observation."),
+        (3.1, "tiny_block is higher by 0.1000 in one observation."),
+        (3.0, "tiny_block is exactly equal."),
+        (float("nan"), "tiny_block did not end with a finite loss."),
+    ],
+)
+def test_summary_tells_the_truth_whatever_it_is(make_run, block, said):
+    told = summary(compare([make_run("a", loss=3.0), make_run("b", "block", loss=block)]))
+    assert said in told
+    assert "A step takes 1.20 times as long with tiny_block as with tiny_residual." in told
+    assert "With one seed an arm, the order of the arms may be chance." in told
+
+
+def test_summary_of_seeds_calls_noise_noise(make_run):
+    runs = [make_run(f"a{seed}", seed=seed, loss=3 + seed / 10) for seed in range(3)]
+    runs += [make_run(f"b{seed}", "block", seed=seed, loss=3.19 - seed / 10) for seed in range(3)]
+    told = summary(compare(runs))
+    assert "tiny_block is lower by 0.0100, inside the spread of seeds and lower in 2 of 3 shared seeds." in told
+    assert "may be chance" not in told
+
+
+def test_warnings_stand_in_the_report(write, make_run):
+    page = write(make_run("a"), make_run("b", "block", overrides=["data.heldout_percent=9"]))
+    assert "Different data: data.heldout_percent is 5 in" in page.text
+    assert "They were not trained alike: see the warning." in page.text
+
+
+def test_one_run_without_inspection_is_a_report_too(write, make_run):
+    page = write(make_run("a", "block", inspected=False))
+    assert "No run holds an inspection.npz yet" in page.text
+    assert "One run, each" not in page.text and "One run, trained on 81,920 tokens." in page.text
+
+
+def test_maps_share_one_scale_and_average_the_seeds(write, make_run):
+    runs = [make_run("a", "block"), make_run("b", "block", seed=1), make_run("c", "full")]
+    for run, change in ((runs[1], [[1, 0, 0], [0.2, 0.8, 0]]), (runs[2], [[1, 0, 0], [0.5, 0.5, 0]])):
+        arrays = dict(np.load(run / "inspection.npz"))
+        weights = np.array(change)
+        weights[weights == 0] = np.nan
+        np.savez(
+            run / "inspection.npz", **arrays | {"depth_weights": np.concatenate([weights, weights[1:].repeat(3, 0)])}
+        )
+    maps = [attributes for tag, attributes in write(*runs).tags if tag == "img" and "Heat map" in attributes["alt"]]
+    block, full = (base64.b64decode(image["src"].split(",", 1)[1]).decode() for image in maps)
+    assert ">.60<" in block  # MLP 1 reads block 1 with 0.4 and 0.8
+    assert ">0.7<" in block and ">0.7<" in full  # on the colour bar: the largest mean weight is block's 0.75
+    assert "MLP 1 reads most from block 1" in maps[0]["alt"]
+
+
+def test_names_are_escaped(write, make_run):
+    page = write(make_run("a", overrides=["name=<b>bold</b>"]), make_run("b", "block"))
+    assert "<b>bold</b>" in page.text and not any(tag == "b" for tag, _ in page.tags)
+
+
+def test_report_that_cannot_be_written_is_one_line(make_run, tmp_path):
+    comparison = compare([make_run("a")])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"report '.*' cannot be written"):
+        write_report(comparison, tmp_path / "file" / "report.html")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(RunError, match=r"report '.*folder' cannot be written"):
+        write_report(comparison, tmp_path / "folder")
+    assert not list(tmp_path.glob(".folder*"))
