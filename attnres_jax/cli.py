@@ -22,6 +22,8 @@ def launch(main: Callable[[list[str], list[str]], int | None]) -> None:
     argv, changes = overrides(sys.argv)
     try:
         sys.exit(main(flags.FLAGS(argv)[1:], changes))
+    except KeyboardInterrupt:
+        sys.exit(130)
     except flags.Error as error:
         _fail(str(error), UserError.exit_code)
     except UserError as error:

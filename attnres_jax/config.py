@@ -11,6 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
+from attnres_jax.depth import REMAT_POLICIES, RULES
 from attnres_jax.errors import ConfigError
 
 
@@ -255,7 +256,7 @@ def validate_model(model: ModelConfig) -> None:
     _positive("model", model, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
     _positive("model", model, "max_length", "rope_theta", "norm_eps")
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    _one_of("model.remat", model.remat, ("none", "dots", "full"))
+    _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
     _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))
     if not model.head_dim and model.width % model.num_heads:
         near = min((n for n in range(1, model.width + 1) if not model.width % n), key=lambda n: abs(n - model.num_heads))
@@ -277,6 +278,7 @@ def validate_model(model: ModelConfig) -> None:
             f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.num_kv_heads}; "
             f"nearest: model.num_kv_heads={near}"
         )
+    _one_of("model.depth.rule", model.depth.rule, tuple(RULES))
     size, sublayers = model.depth.block_size, 2 * model.num_layers
     if size < 1 or (size > 1 and size % 2) or size > sublayers:
         near = min(max(size, 1), sublayers)

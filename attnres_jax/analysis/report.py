@@ -158,7 +158,8 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
             "Held-out loss against time",
             f"Lines of held-out loss against the time of the training loop. {held}",
             "Time of the training loop on this machine, without compilation, evaluation and saving. "
-            "A rule that costs memory traffic pays for it here and not under compute.",
+            "A rule that costs memory traffic pays for it here and not under compute; but so does a run that shared its "
+            "machine with other work, which is why benchmarks/step.py measures step times in pairs.",
         ),
         picture(
             plots.loss_curves(arms, kind="train"),

@@ -2,7 +2,7 @@
 
 from attnres_jax.data.corpus import Corpus, DataError, Document, open_corpus
 from attnres_jax.data.pipeline import heldout_batches, train_iterator
-from attnres_jax.data.text import TextData, TokenDocuments, load_text
+from attnres_jax.data.text import TextData, TokenDocuments, cache_dir, load_text
 from attnres_jax.data.tokenizer import END_OF_TEXT, token_bytes, train_tokenizer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Document",
     "TextData",
     "TokenDocuments",
+    "cache_dir",
     "heldout_batches",
     "load_text",
     "open_corpus",

@@ -63,7 +63,7 @@ def load_text(config: DataConfig, vocab_size: int) -> TextData:
     """
     corpus = open_corpus(config)
     fingerprint = hashlib.sha256(f"{_FORMAT} {vocab_size} {corpus.digest()}".encode()).hexdigest()[:16]
-    cache = _cache_dir(config)
+    cache = cache_dir(config)
     for _ in range(3):  # More than once only if another process replaces a damaged copy at this moment.
         text = _read(cache / fingerprint, vocab_size, fingerprint)
         if text is not None:
@@ -78,7 +78,8 @@ def load_text(config: DataConfig, vocab_size: int) -> TextData:
     raise DataError(f"data.cache_dir={str(cache)!r} does not keep what is written to it; name another")
 
 
-def _cache_dir(config: DataConfig) -> Path:
+def cache_dir(config: DataConfig) -> Path:
+    """Where tokenizers, tokens and compiled programs are kept between runs."""
     return Path(config.cache_dir or os.environ.get("ATTNRES_CACHE") or "~/.cache/attnres_jax").expanduser()
 
 

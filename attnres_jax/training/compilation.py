@@ -1,20 +1,18 @@
 """Compilation of the step: the persistent cache, and what compiling took."""
 
-import os
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from attnres_jax.config import DataConfig
+from attnres_jax.data import cache_dir
 
 
 def enable_compilation_cache(config: DataConfig) -> None:
     """Keeps compiled programs on disk, so that resuming a run is quick; a directory that is set already stays."""
     if not jax.config.jax_compilation_cache_dir:
-        folder = Path(config.cache_dir or os.environ.get("ATTNRES_CACHE") or "~/.cache/attnres_jax").expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+        jax.config.update("jax_compilation_cache_dir", str(cache_dir(config) / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 

@@ -1,0 +1,135 @@
+"""The door of the configuration: what it accepts, and the one line it answers everything else with."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from flax import nnx
+
+from attnres_jax import build_model, load_config
+from attnres_jax.config import Config, arguments, config_from_dict, flatten, read_config
+from attnres_jax.depth import RULES
+from attnres_jax.errors import ConfigError
+
+ROOT = Path(__file__).parents[1]
+TINY = str(ROOT / "configs" / "tiny.py")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("rule", RULES)
+def test_every_config_builds_with_every_rule(path, rule):
+    config = load_config(f"{path}:residual={rule},seed=3")
+    assert config.model.depth.rule == rule and config.seed == 3
+    model = jax.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(config.seed)))
+    assert model.embedding.table.shape == (config.model.vocab_size, config.model.width)
+    docstring = path.read_text().split('"""')[1]
+    assert all(word in docstring for word in ("Command:", "Hardware:", "Time:", "Expected:"))
+
+
+def test_arguments_and_overrides_reach_the_dataclasses():
+    overrides = ["training.steps=7", "optimizer.warmup_steps=2", "optimizer.learning_rate=1e-2", "model.qk_norm=False"]
+    config = load_config(f"{TINY}:residual=full,block_size=2", overrides)
+    assert (config.model.depth.rule, config.model.depth.block_size) == ("full", 2)
+    assert (config.training.steps, config.optimizer.learning_rate, config.model.qk_norm) == (7, 1e-2, False)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.seed = 1
+
+
+@pytest.mark.parametrize(
+    "spec, overrides, message",
+    [
+        ("nowhere.py", [], "config file 'nowhere.py' does not exist"),
+        (TINY.replace("tiny", "tyny"), [], "did you mean"),
+        (TINY + ":residul=block", [], "config argument key 'residul' is unknown; did you mean 'residual'?"),
+        (TINY + ":block", [], "'block' is not of the form key=value; known keys: residual, block_size, seed"),
+        (TINY + ":seed=one", [], "config argument seed='one' must be int"),
+        (TINY + ":residual=blok", [], "model.depth.rule='blok' is unknown; known: residual, full, block; nearest: 'block'"),
+        (TINY, ["training.step=3"], "key 'training.step' is unknown; did you mean 'training.steps'?"),
+        (TINY, ["trainin.steps=3"], "did you mean 'training.steps'?"),
+        (TINY, ["training.steps=3.5"], "training.steps='3.5' must be int"),
+        (TINY, ["model.qk_norm=maybe"], "model.qk_norm='maybe' must be bool"),
+        (TINY, ["training.steps"], "'training.steps' is not of the form key=value"),
+        (TINY, ["training.steps=0"], "training.steps=0 must be positive"),
+        (TINY, ["model.num_heads=3"], "model.width=128 is not divisible by model.num_heads=3; nearest: model.num_heads=2"),
+        (TINY, ["model.num_kv_heads=3"], "not divisible by model.num_kv_heads=3; nearest: model.num_kv_heads=2"),
+        (TINY, ["model.head_dim=5"], "model.head_dim=5 must be even and positive"),
+        (TINY, ["model.depth.block_size=3"], "model.depth.block_size=3 sublayers does not fit 16 sublayers"),
+        (TINY, ["model.depth.block_size=40"], "nearest: model.depth.block_size=16"),
+        (TINY, ["data.sequence_length=512"], "longer than model.max_length=256; set data.sequence_length=256"),
+        (TINY, ["training.accumulation=3"], "not divisible by training.accumulation=3; nearest: data.batch_size=9"),
+        (TINY, ["optimizer.warmup_steps=300"], "nearest: optimizer.warmup_steps=299"),
+        (TINY, ["data.source=txt"], "data.source='txt' is unknown; known: stdlib, text; nearest: 'text'"),
+        (TINY, ["data.source=text"], "needs data.files"),
+        (TINY, ["data.files=*.txt"], "read only with data.source='text'"),
+        (TINY, ["data.heldout_percent=0"], "data.heldout_percent=0 must be from 1 to 50"),
+        (TINY, ["model.dtype=float16"], "model.dtype='float16' is unknown; known: float32, bfloat16"),
+        (TINY, ["optimizer.beta2=1.0"], "optimizer.beta2=1.0 must be at least 0 and below 1"),
+        (TINY, ["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 must not be negative"),
+        (TINY, ["training.z_loss=-1"], "training.z_loss=-1.0 must not be negative"),
+        (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
+    ],
+)
+def test_errors_are_one_line_that_names_key_value_and_way_out(spec, overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(spec, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_file_that_sets_an_unknown_key_or_a_wrong_type(tmp_path):
+    head = "from attnres_jax.config import default_config\ndef get_config(_):\n  config = default_config()\n"
+    for number, (line, message) in enumerate(
+        [
+            ("config.model.widht = 64", "widht"),
+            ("config.model.width = 'wide'", "width"),
+            ("config.model.depth = 3", "depth"),
+        ]
+    ):
+        path = tmp_path / f"bad{number}.py"
+        path.write_text(f"{head}  {line}\n  return config\n")
+        with pytest.raises(ConfigError) as error:
+            load_config(str(path))
+        assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_json_round_trip(tmp_path):
+    config = load_config(TINY)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(dataclasses.asdict(config)))
+    assert read_config(path) == config
+    assert flatten(config)["model.depth.rule"] == "block"
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="is not JSON"):
+        read_config(path)
+    with pytest.raises(ConfigError, match="is not the workdir of a run"):
+        read_config(tmp_path / "nothing" / "config.json")
+    with pytest.raises(ConfigError, match="must be a group of keys"):
+        config_from_dict({"model": 3})
+    assert config_from_dict({}) == Config()
+
+
+def test_arguments_take_the_types_of_their_defaults():
+    args = arguments("a=2,c=true,d=x=y", a=1, b=0.5, c=False, d="")
+    assert (args.a, args.b, args.c, args.d) == (2, 0.5, True, "x=y")
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["train.py", f"--config={TINY}:residual=blok", "--workdir=w"], "nearest: 'block'"),
+        (["train.py", f"--config={TINY}", "--workdir=w", "--config.model.widht=3"], "did you mean 'model.width'?"),
+        (["train.py", f"--config={TINY}", "--workdr=w"], "Did you mean: workdir"),
+        (["eval.py", "--workdir=w"], "not the workdir of a run"),
+        (["compare.py", "w"], "w"),
+    ],
+)
+def test_scripts_answer_bad_input_with_one_line_and_exit_code_2(command, message, tmp_path):
+    script, *rest = command
+    run = subprocess.run([sys.executable, str(ROOT / script), *rest], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 2, run.stderr
+    assert message in run.stderr and run.stderr.count("\n") == 1
+    assert not (tmp_path / "w").exists()
