@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from attnres_jax.analysis.arms import Arm
 from attnres_jax.analysis.runs import Run
@@ -98,7 +98,7 @@ def loss_differences(arms: Sequence[Arm]) -> Figure:
                 low, high = gap.min(0)[same], gap.max(0)[same]
                 axes.fill_between(here[same], low, high, color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(label)
-        axes.set_ylabel(f"held-out loss less that of {arms[0].label}")
+        axes.set_ylabel("difference, nats a token")
         _legend(figure)
     return figure
 
@@ -115,6 +115,9 @@ def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
         positive = positive[np.isfinite(positive) & (positive > 0)]
         if positive.size and positive.max() > 30 * positive.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlabel("sublayer (filled circle: attention, open square: MLP)")

@@ -139,7 +139,7 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
         pictures.append(
             picture(
                 plots.loss_differences(arms),
-                "Held-out loss, as a difference",
+                f"Held-out loss less that of {first}",
                 f"Lines of held-out loss less that of {first}, against training tokens. {held}",
                 f"The same curves less that of {first}: below zero is better than {first}, above zero worse. "
                 "A gap that wanders across zero is no difference; bands that overlap ask for more seeds.",
@@ -158,7 +158,7 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
             "Held-out loss against time",
             f"Lines of held-out loss against the time of the training loop. {held}",
             "Time of the training loop on this machine, without compilation, evaluation and saving. "
-            "A rule that costs memory traffic pays for it here and not under compute; but so does a run that shared its "
+            "A rule that costs memory traffic pays for it here and not under compute; so does a run that shared its "
             "machine with other work, which is why benchmarks/step.py measures step times in pairs.",
         ),
         picture(
@@ -189,7 +189,7 @@ def _magnitude_pictures(arms: Sequence[Arm]) -> list[str]:
             "RMS of the gradient",
             "RMS of the gradient of the loss, summed over tokens, with respect to each sublayer's output. "
             "A line that falls steeply with depth means that the early sublayers are pushed hardest; a level one, "
-            "that all depths are pushed alike.",
+            "that all depths are pushed alike. Small outputs have large gradients: read it beside the magnitudes.",
         ),
     ):
         profiles = _inspected(arms, key, lambda arrays: np.sqrt(np.mean(np.square(arrays), axis=0)))
@@ -252,7 +252,7 @@ def _run_table(runs: Sequence[Run]) -> str:
             str(run.summary.get("status", "unfinished")),
             f"{run.heldout['step'][-1]:,.0f} of {run.config.training.steps:,}",
             f"{run.final_loss:.4f}",
-            str(run.summary.get("date", "–")),
+            str(run.summary.get("date", "–"))[:16].replace("T", " "),
         ]
         for run in runs
     ]
