@@ -13,9 +13,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 
-from attnres_jax.analysis import compare, read_run, text, write_report
+from attnres_jax.analysis import compare, depth_heatmap, read_run, text, write_report
 from attnres_jax.cli import launch
 from attnres_jax.config import flatten, load_config, read_config
 from attnres_jax.errors import UserError
@@ -51,7 +52,13 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         if code or status(workdir) != "finished":
             raise DemoError(f"{arm} did not finish (exit code {code}, its reason stands above); workdir {workdir}")
     comparison = compare([folder / arm for arm in ARMS])
-    print(f"\n{text(comparison)}\n\nreport: {write_report(comparison, folder / 'report.html')}")
+    picture = folder / "depth_weights.png"
+    seen = read_run(folder / "block").inspection
+    labels = (seen[key].tolist() for key in ("site_labels", "source_labels"))
+    largest = float(np.nanmax(seen["depth_weights"][1:]))  # the first site has one source, with weight 1
+    depth_heatmap(seen["depth_weights"], *labels, largest=largest).savefig(picture, dpi=150)
+    report = write_report(comparison, folder / "report.html")
+    print(f"\n{text(comparison)}\n\nreport: {report}\npicture: {picture}")
 
 
 def is_done(workdir: Path, config) -> bool:

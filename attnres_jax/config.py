@@ -131,7 +131,9 @@ def arguments(text: str, **defaults: Any) -> config_dict.ConfigDict:
     for item in filter(None, text.split(",")):
         key, equals, value = item.partition("=")
         if not equals:
-            raise ConfigError(f"config argument {item!r} is not of the form key=value; known keys: {', '.join(defaults)}")
+            raise ConfigError(
+                f"config argument {item!r} is not of the form key=value; known keys: {', '.join(defaults)}"
+            )
         _assign(args, key, value, "config argument ")
     return args
 
@@ -259,7 +261,9 @@ def validate_model(model: ModelConfig) -> None:
     _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
     _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))
     if not model.head_dim and model.width % model.num_heads:
-        near = min((n for n in range(1, model.width + 1) if not model.width % n), key=lambda n: abs(n - model.num_heads))
+        near = min(
+            (n for n in range(1, model.width + 1) if not model.width % n), key=lambda n: abs(n - model.num_heads)
+        )
         raise ConfigError(
             f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; "
             f"nearest: model.num_heads={near}"
@@ -272,7 +276,8 @@ def validate_model(model: ModelConfig) -> None:
         )
     if model.num_heads % model.num_kv_heads:
         near = min(
-            (n for n in range(1, model.num_heads + 1) if not model.num_heads % n), key=lambda n: abs(n - model.num_kv_heads)
+            (n for n in range(1, model.num_heads + 1) if not model.num_heads % n),
+            key=lambda n: abs(n - model.num_kv_heads),
         )
         raise ConfigError(
             f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.num_kv_heads}; "

@@ -11,7 +11,9 @@ shows that the baseline everything is compared with is not a slow one.
 
 import dataclasses
 import json
+import os
 import platform
+import re
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -28,17 +30,25 @@ from attnres_jax.errors import ConfigError
 from attnres_jax.models import Decoder
 from attnres_jax.training import TrainState, learning_rate_schedule, make_optimizer, make_train_step
 
-ARMS = flags.DEFINE_list(
-    "arms", ["residual", "plain", "block", "full"], "Depth rules to compare; the first is the baseline."
-)
+ARMS = flags.DEFINE_list("arms", ["residual", "plain", "block", "full"], "Depth rules; the first is the baseline.")
 WIDTH = flags.DEFINE_integer("width", 512, "Model width.")
-LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers; with several --blocks, layers for 8 blocks.")
-BLOCKS = flags.DEFINE_list("blocks", ["8"], "Blocks N of the block rule, one table each; layers a block stay the same.")
+LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers; with several --blocks, those of 8 blocks.")
+BLOCKS = flags.DEFINE_list("blocks", ["8"], "Blocks N of the block rule, a table each; layers a block stay the same.")
 TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens in a step, as one row.")
 DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
 REMAT = flags.DEFINE_string("remat", "none", "What a block keeps for its backward pass: none, dots, full.")
 PAIRS = flags.DEFINE_integer("pairs", 8, "Rounds; 0 measures memory and compile time alone.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+COLUMNS = (  # key, heading, unit, format
+    ("step_seconds", "step s", "s", "9.3f"),
+    ("step_ratio", "ratio", "ratio", "8.3f"),
+    ("forward_seconds", "forward s", "s", "11.3f"),
+    ("forward_ratio", "ratio", "ratio", "8.3f"),
+    ("temp_bytes", "temp bytes", "bytes", "15,d"),
+    ("extra_activations", "+ [B,T,D]", "[B, T, D]", "11.1f"),
+    ("compile_seconds", "compile s", "s", "11.1f"),
+)
 
 
 class PlainScan(Decoder):
@@ -84,41 +94,40 @@ def main(arguments: list[str], overrides: list[str]) -> None:
 
 def compare(blocks: int, layers_per_block: int) -> list[dict]:
     """Measures all arms at one depth and prints their table."""
-    layers = blocks * layers_per_block
+    layers, versions = blocks * layers_per_block, f"Python {platform.python_version()}, jax {jax.__version__}"
     print(
-        f"\nwidth {WIDTH.value}, {layers} layers, N={blocks}, {TOKENS.value} tokens, {DTYPE.value}, remat {REMAT.value}; "
-        f"{jax.devices()[0].device_kind}, {platform.machine()}, Python {platform.python_version()}, jax {jax.__version__}"
+        f"\nwidth {WIDTH.value}, {layers} layers, N={blocks}, {TOKENS.value} tokens, {DTYPE.value}, remat {REMAT.value}"
     )
+    print(f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores), {platform.machine()}, {versions}")
     arms = {name: build(name, layers, 2 * layers_per_block) for name in ARMS.value}
     for _ in range(PAIRS.value):
         for arm in arms.values():
             measure(arm)
-    base, figures = arms[ARMS.value[0]], []
-    activation = TOKENS.value * WIDTH.value * jnp.dtype(DTYPE.value).itemsize
-    print(
-        f"{'arm':10}{'step s':>9}{'ratio':>8}{'forward s':>11}{'ratio':>8}{'temp MB':>9}{'+ acts':>8}{'compile s':>11}"
-    )
+    print(" " * 10 + "".join(heading.rjust(int(re.match(r"\d+", form)[0])) for _, heading, _, form in COLUMNS))
+    figures = []
     for name, arm in arms.items():
-        temp = arm.step.memory_analysis().temp_size_in_bytes
-        extra = (temp - base.step.memory_analysis().temp_size_in_bytes) / activation
-        row = {"temp_bytes": (temp, "bytes"), "extra_activations": (extra, "[B, T, D]")}
-        row["compile_seconds"] = (arm.compile_seconds, "s")
-        if PAIRS.value:
-            row["step_seconds"] = (float(np.median(arm.step_seconds)), "s")
-            row["forward_seconds"] = (float(np.median(arm.forward_seconds)), "s")
-            row["step_ratio"] = (float(np.median(np.divide(arm.step_seconds, base.step_seconds))), "ratio")
-            row["forward_ratio"] = (float(np.median(np.divide(arm.forward_seconds, base.forward_seconds))), "ratio")
-        times = [
-            f"{row[key][0]:.3f}" if key in row else "-"
-            for key in ("step_seconds", "step_ratio", "forward_seconds", "forward_ratio")
-        ]
-        print(
-            f"{name:10}{times[0]:>9}{times[1]:>8}{times[2]:>11}{times[3]:>8}{temp / 1e6:>9.0f}{extra:>8.1f}{arm.compile_seconds:>11.1f}"
-        )
+        values = summarise(arm, arms[ARMS.value[0]])
+        cells = (format(values[key], form) if key in values else "" for key, _, _, form in COLUMNS)
+        print(f"{name:10}" + "".join(cells))
         figures += [
-            {"name": f"N{blocks}/{name}/{key}", "value": value, "unit": unit} for key, (value, unit) in row.items()
+            {"name": f"N{blocks}/{name}/{key}", "value": values[key], "unit": unit}
+            for key, _, unit, _ in COLUMNS
+            if key in values
         ]
     return figures
+
+
+def summarise(arm: Arm, base: Arm) -> dict[str, float]:
+    """An arm's row; `extra_activations` is its temporary memory beyond the baseline's, in arrays [B, T, D]."""
+    temp, base_temp = (each.step.memory_analysis().temp_size_in_bytes for each in (arm, base))
+    values = {"temp_bytes": temp, "compile_seconds": arm.compile_seconds}
+    values["extra_activations"] = (temp - base_temp) / (TOKENS.value * WIDTH.value * jnp.dtype(DTYPE.value).itemsize)
+    if arm.step_seconds:
+        values["step_seconds"] = float(np.median(arm.step_seconds))
+        values["step_ratio"] = float(np.median(np.divide(arm.step_seconds, base.step_seconds)))
+        values["forward_seconds"] = float(np.median(arm.forward_seconds))
+        values["forward_ratio"] = float(np.median(np.divide(arm.forward_seconds, base.forward_seconds)))
+    return values
 
 
 def build(name: str, layers: int, block_size: int) -> Arm:

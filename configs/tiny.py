@@ -15,6 +15,8 @@ def get_config(argument: str = ""):
     config = default_config()
     config.name = f"tiny_{args.residual}"
     config.seed = args.seed
+    config.model.vocab_size = 2048
+    config.data.sequence_length = 128
     config.model.depth.rule = args.residual
     config.model.depth.block_size = args.block_size
     return config

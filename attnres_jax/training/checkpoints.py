@@ -5,6 +5,7 @@ step alone is complete. What a killed save leaves behind is removed when the dir
 """
 
 import contextlib
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             # Not read_only=True, which warns at every opening: without a save nothing is written.
             options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
         else:
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+            # cleanup_tmp_directories=True would do it in the background, where a process that ends early trips over it.
+            for left in directory.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(left, ignore_errors=True)
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._workdir = directory.parent
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 

@@ -135,6 +135,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                 compile_seconds=record["compile_seconds"],
                 peak_memory_bytes=record["peak_memory_bytes"],
                 flops_per_token=flops_per_token,
+                data_fingerprint=text.fingerprint,
             )
 
 
