@@ -95,7 +95,18 @@ def depth_scan(
 
     Returns:
       The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
+
+    Raises:
+      ValueError: if two sublayers share a place in a stack; their gradients would overwrite each other.
     """
+    used = [
+        (kind, slot)
+        for segment in segments
+        for block in segment.slots.tolist()
+        for kind, slot in zip(segment.kinds, block, strict=True)
+    ]
+    if len(set(used)) < len(used):
+        raise ValueError(f"a sublayer's parameters are used twice: {max(used, key=used.count)}; give each its own slot")
     places = _places(rule, segments, _length(bank))
     capacity = _length(bank) + sum(
         segment.slots.shape[0] * rule.num_appended(len(segment.kinds)) for segment in segments
@@ -147,9 +158,7 @@ def depth_scan(
                 (slots, *where), kept, report_bar = at
                 place = Place(*where, len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
-                view = rule.read(
-                    sites, bank, place
-                )  # of the final bank: the block's own slots and later ones are masked out
+                view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
                 pullback = structures[index].restore(kept, (sites, view, parameters, context))
                 new_bar = _slots_at(bank_bar, place.num_valid, rule.num_appended(len(segment.kinds)))
                 site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))

@@ -127,6 +127,14 @@ def test_parameters_and_bank_are_not_saved_per_block():
     assert not any(shape[1:] == bank for shape in shapes)
 
 
+def test_shared_parameters_are_refused():
+    rule = make_rule("residual", 2, 1e-6)
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    segments = [Segment(("tanh", "tanh"), np.array([[0, 1], [1, 2]]))]
+    with pytest.raises(ValueError, match="used twice"):
+        depth_scan(rule, segments, call, stacks, sites, embedding, None, context)
+
+
 def test_plan_is_cut_into_runs_of_equal_blocks():
     kinds = ["kda", "dense"] + ["kda", "moe"] * 2 + ["mla", "moe"] + (["kda", "moe"] * 3 + ["mla", "moe"]) * 2
     segments = cut(kinds, 8)
