@@ -43,6 +43,7 @@ JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 COLUMNS = (  # key, heading, unit, format
     ("step_seconds", "step s", "s", "9.3f"),
     ("step_ratio", "ratio", "ratio", "8.3f"),
+    ("processor_ratio", "cpu ratio", "ratio", "11.3f"),
     ("forward_seconds", "forward s", "s", "11.3f"),
     ("forward_ratio", "ratio", "ratio", "8.3f"),
     ("temp_bytes", "temp bytes", "bytes", "15,d"),
@@ -75,6 +76,7 @@ class Arm(NamedTuple):
     forward: jax.stages.Compiled | None
     state: list[TrainState]
     step_seconds: list[float]
+    processor_seconds: list[float]
     forward_seconds: list[float]
     compile_seconds: float
 
@@ -125,6 +127,7 @@ def summarise(arm: Arm, base: Arm) -> dict[str, float]:
     if arm.step_seconds:
         values["step_seconds"] = float(np.median(arm.step_seconds))
         values["step_ratio"] = float(np.median(np.divide(arm.step_seconds, base.step_seconds)))
+        values["processor_ratio"] = float(np.median(np.divide(arm.processor_seconds, base.processor_seconds)))
         values["forward_seconds"] = float(np.median(arm.forward_seconds))
         values["forward_ratio"] = float(np.median(np.divide(arm.forward_seconds, base.forward_seconds)))
     return values
@@ -160,10 +163,10 @@ def build(name: str, layers: int, block_size: int) -> Arm:
     compiled = step.lower(jax.eval_shape(new_state), batch, token_bytes).compile()
     compile_seconds = time.perf_counter() - started
     if not PAIRS.value:
-        return Arm(compiled, None, [], [], [], compile_seconds)
+        return Arm(compiled, None, [], [], [], [], compile_seconds)
     state = jax.jit(new_state)()
     forward = jax.jit(lambda model, tokens: model(tokens)).lower(state.model, batch["inputs"]).compile()
-    return Arm(compiled, forward, [state], [], [], compile_seconds)
+    return Arm(compiled, forward, [state], [], [], [], compile_seconds)
 
 
 def make_batch() -> dict[str, jax.Array]:
@@ -179,9 +182,10 @@ def measure(arm: Arm) -> None:
     """One step and one forward pass."""
     batch, token_bytes = make_batch(), jnp.ones(256, jnp.int32)
     jax.block_until_ready(batch)
-    started = time.perf_counter()
+    started, processor = time.perf_counter(), time.process_time()
     arm.state[0], _ = jax.block_until_ready(arm.step(arm.state[0], batch, token_bytes))
     arm.step_seconds.append(time.perf_counter() - started)
+    arm.processor_seconds.append(time.process_time() - processor)
     started = time.perf_counter()
     jax.block_until_ready(arm.forward(arm.state[0].model, batch["inputs"]))
     arm.forward_seconds.append(time.perf_counter() - started)
