@@ -2,37 +2,16 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
+from small_runs import ROOT, small_overrides
 
 from attnres_jax.analysis import inspect_run
 from attnres_jax.config import load_config
 from attnres_jax.training import train
 
-ROOT = Path(__file__).parents[2]
-TOKENS = 8 * 256  # of a step of configs/tiny.py
-SMALL = {
-    "model.vocab_size": 300,
-    "model.width": 16,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.num_kv_heads": 1,
-    "model.mlp_width": 32,
-    "model.max_length": 32,
-    "model.depth.block_size": 2,
-    "data.source": "text",
-    "data.heldout_percent": 20,
-    "data.sequence_length": 32,
-    "data.batch_size": 4,
-    "optimizer.warmup_steps": 2,
-    "training.steps": 8,
-    "training.log_every": 1,
-    "training.eval_every": 4,
-    "training.eval_sequences": 8,
-    "training.checkpoint_every": 4,
-}
+TOKENS = 2048  # of a step of the runs that are only written
 
 
 @pytest.fixture
@@ -82,12 +61,8 @@ def inspection(rule, sublayers=4):
 @pytest.fixture(scope="session")
 def small(tmp_path_factory):
     """Overrides that make configs/tiny.py a matter of seconds, on a text of its own."""
-    folder = tmp_path_factory.mktemp("text")
-    for document in range(12):
-        lines = (f"document {document} says {document * line * 7919 % 1000} in line {line}\n" for line in range(40))
-        (folder / f"{document}.txt").write_text("".join(lines))
-    settings = SMALL | {"data.files": folder / "*.txt", "data.cache_dir": tmp_path_factory.mktemp("cache")}
-    return [f"{key}={value}" for key, value in settings.items()]
+    changes = {"optimizer.warmup_steps": 2, "training.steps": 8, "training.eval_every": 4}
+    return small_overrides(tmp_path_factory, changes)
 
 
 @pytest.fixture(scope="session")

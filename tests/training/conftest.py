@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from training_runs import ROOT, SETTINGS
+from small_runs import ROOT, small_overrides
+from training_runs import SETTINGS
 
 from attnres_jax.config import Config, load_config
 from attnres_jax.data import load_text, train_iterator
@@ -17,12 +18,7 @@ from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 @pytest.fixture(scope="session")
 def overrides(tmp_path_factory) -> list[str]:
     """What makes configs/tiny.py small, as on the command line."""
-    folder = tmp_path_factory.mktemp("text")
-    for document in range(12):
-        lines = (f"document {document} says {document * line * 7919 % 1000} in line {line}\n" for line in range(40))
-        (folder / f"{document}.txt").write_text("".join(lines))
-    settings = SETTINGS | {"data.files": folder / "*.txt", "data.cache_dir": tmp_path_factory.mktemp("cache")}
-    return [f"{key}={value}" for key, value in settings.items()]
+    return small_overrides(tmp_path_factory, SETTINGS)
 
 
 @pytest.fixture(scope="session")

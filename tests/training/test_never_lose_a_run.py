@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from training_runs import ROOT, SETTINGS, command, environment, history
+from small_runs import ROOT
+from training_runs import SETTINGS, command, environment, history
 
 from attnres_jax.training.records import read_summary
 
