@@ -11,13 +11,13 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from attnres_jax.depth import REMAT_POLICIES, RULES
+from attnres_jax.depth import REMAT_POLICIES, RULES, Options, make_rule
 from attnres_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DepthConfig:
-    """Which rule decides what a sublayer reads from the earlier ones."""
+class DepthConfig(Options):
+    """Which rule decides what a sublayer reads from the earlier ones, and its options."""
 
     rule: str = "block"
     """A name in `attnres_jax.depth.RULES`."""
@@ -315,6 +315,15 @@ def validate_model(model: ModelConfig) -> None:
             f"model.depth.block_size={size} sublayers does not fit {sublayers} sublayers: it is 1 or even "
             f"(a block begins before an attention sublayer) and at most {sublayers}; "
             f"nearest: model.depth.block_size={near}"
+        )
+    try:
+        make_rule(model.depth.rule, size, model.norm_eps, model.depth)
+    except ValueError as error:
+        raise ConfigError(f"model.depth.{error}") from None
+    if model.width % model.depth.heads:
+        raise ConfigError(
+            f"model.width={model.width} is not divisible by model.depth.heads={model.depth.heads}; "
+            f"nearest: model.depth.heads={_nearest_divisor(model.width, model.depth.heads)}"
         )
 
 

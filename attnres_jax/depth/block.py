@@ -1,16 +1,19 @@
 """`block`: a softmax over the embedding, the completed blocks and the own block's partial sum (eqs. 5-6)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+import numpy as np
+from jaxtyping import Array, Float, Int
 
-from attnres_jax.depth.operator import State, depth_logits, exponents, merge, mix, mix_transpose, normalise
-from attnres_jax.depth.reference import Plain, plain_block_attention_residuals
+from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, normalise, wide
+from attnres_jax.depth.options import DEFAULTS, Options
+from attnres_jax.depth.reference import Plain, plain_attention_residuals
 from attnres_jax.depth.scan import Place, Sublayer
 from attnres_jax.depth.sites import Sites
+from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 
 
 class Bank(NamedTuple):
@@ -26,65 +29,146 @@ class Bank(NamedTuple):
 class Block:
     """Every `block_size` sublayers are summed into one source; the last block may be short."""
 
-    def __init__(self, block_size: int, eps: float):
+    OPTIONS: ClassVar[tuple[str, ...]] = ("query", "weights", "key_norm", "heads", "window", "recency_bias")
+
+    def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
         self.block_size = block_size
+        self.source_size = block_size  # outputs that are summed into one source
         self.eps = eps
+        self.options = options
+        # Groups of channels are one more batch axis, [*batch, heads, D / heads]; the plain form has none.
+        self.grouped = options.heads > 1 or not options.key_norm
 
     def init_sites(self, num_sublayers: int, width: int) -> Sites:
         """Zero queries and unit key scales."""
-        return Sites(num_sublayers, width)
+        return Sites(num_sublayers, width, self.options, 1 + self.num_sources(num_sublayers))
+
+    def num_sources(self, num_sublayers: int) -> int:
+        """Sources beside the embedding, when all is done."""
+        return -(-num_sublayers // self.source_size)
 
     def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
         """(stream, bank) before the first block: the embedding is source 0."""
-        return None, jax.tree.map(lambda x: x[None], self.slot(sites, embedding))
+        return None, jax.tree.map(lambda x: x[None], self.slot(sites, self.split(embedding), 0))
 
     def read(self, sites: Sites, bank: Bank, place: Place) -> tuple[State, ...]:
         """Phase 1: each of the block's sites over the completed sources."""
-        weights, maximum, denominator = exponents(_logits(bank, place), place.num_valid)
+        own = [self.num_own(i) for i in range(place.num_sites)]
+        weights, maximum, denominator = self.weigh(sites, _logits(bank, place), place.site, place.num_valid, own)
         state = State(mix(bank.values, weights, place.num_valid), maximum, denominator)
         return tuple(state.site(i) for i in range(place.num_sites))
 
     def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Bank):
         """The backward pass of phase 1, added into the bank's cotangent."""
-        weigh = lambda logits: exponents(logits, place.num_valid)  # noqa: E731
-        (weights, maximum, _), unweigh = jax.vjp(weigh, _logits(bank, place))
+        own = [self.num_own(i) for i in range(place.num_sites)]
+        weigh = lambda sites, logits: self.weigh(sites, logits, place.site, place.num_valid, own)  # noqa: E731
+        (weights, maximum, _), unweigh = jax.vjp(weigh, sites, _logits(bank, place))
         values_bar, weights_bar = mix_transpose(
             bank.values, weights, place.num_valid, [state.numerator for state in view_bar], bank_bar.values
         )
         denominator_bar = jnp.stack([state.denominator for state in view_bar])
-        (logits_bar,) = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
+        sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
         logits_bar = jax.lax.dynamic_update_slice_in_dim(
             bank_bar.logits, _logits(bank_bar, place) + logits_bar, place.site, 1
         )
-        return jax.tree.map(jnp.zeros_like, sites), Bank(values_bar, logits_bar)
+        return sites_bar, Bank(values_bar, logits_bar)
 
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2: each site merges its share of the bank with the block's partial sum, which joins the bank."""
-        partial = sublayers[0](normalise(view[0]))
+        partial = self.run(sublayers[0], self.mixed(sites, view, place, 0, ()))
         for i, sublayer in enumerate(sublayers[1:], 1):
-            partial = partial + sublayer(merge(view[i], partial, *sites.at(place.site + i), eps=self.eps))
-        return None, (self.slot(sites, partial),)
+            partial = partial + self.run(sublayer, self.mixed(sites, view, place, i, (partial,)))
+        return None, (self.slot(sites, partial, place.num_valid),)
+
+    def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Array]):
+        """What the block's site `i` reads: its share of the bank, and its own block's sources so far."""
+        if not own:
+            return normalise(view[i])
+        return self.merged(sites, view[i], own, self.own_logits(sites, place, i, own), place.site + i)
+
+    def own_logits(self, sites: Sites, place: Place, i: int, own: Sequence[Array]) -> Float[Array, "K *batch"]:
+        """The logits of the own block's sources at its site `i`: here of the partial sum."""
+        return self.logits(sites, own[0], place.num_valid, place.site + i)
+
+    def merged(self, sites, state: State, own: Sequence[Array], logits: Float[Array, "K *batch"], site):
+        """A site's share of the bank and further sources under one softmax."""
+        logits = self.adjust(sites, logits[:, None], jnp.arange(len(own))[::-1, None], [False] * len(own), site)[:, 0]
+        merge = merge_sources if self.options.weights == "softmax" else merge_sigmoid
+        return merge(state, tuple(own), logits)
+
+    def weigh(self, sites: Sites, logits: Float[Array, "N S *batch"], site, num_valid, own: Sequence[int]):
+        """(weights, maximum, denominator) of the bank at sites that have each `own` newer sources in their block."""
+        slots = jnp.arange(len(logits))[:, None]
+        logits = self.adjust(sites, logits, num_valid - 1 - slots + np.array(own), slots[:, 0] == 0, site)
+        return to_weights(logits, num_valid, self.options)
+
+    def adjust(self, sites: Sites, logits: Float[Array, "K S *batch"], ages, is_embedding, site):
+        """The options that act on a logit by the place of its source; S sites from `site` on."""
+        recency = None
+        if self.options.recency_bias:
+            recency = jax.lax.dynamic_slice_in_dim(sites.recency[...], site, logits.shape[1])
+        return adjust(logits, ages, is_embedding, recency, self.options)
 
     def num_appended(self, num_sites: int) -> int:
         """One source a block."""
         return 1
 
+    def num_own(self, i: int) -> int:
+        """Sources of the own block that its site `i` reads."""
+        return min(i, 1)
+
     def readout(self, sites: Sites, stream: None, bank: Bank) -> Float[Array, "*batch D"]:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
         num_valid = len(bank.values)
-        weights, _, denominator = exponents(bank.logits[:, -1:], num_valid)
-        return mix(bank.values, weights / denominator, num_valid)[0].astype(bank.values.dtype)
+        weights, _, denominator = self.weigh(sites, bank.logits[:, -1:], bank.logits.shape[1] - 1, num_valid, [0])
+        return self.join(mix(bank.values, weights / denominator, num_valid)[0].astype(bank.values.dtype))
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
-        return plain_block_attention_residuals(sites, embedding, sublayers, self.block_size, self.eps)
+        return plain_attention_residuals(sites, embedding, sublayers, self.source_size, self.eps, self.options)
 
-    def slot(self, sites: Sites, source: Float[Array, "*batch D"]) -> Bank:
-        """A completed source as a slot of the bank, with the logits of all sites from one matmul."""
+    def flops(self, num_sublayers: int, width: int) -> int:
+        """Matrix products of depth mixing, forward, in operations a token: logits and mixes of all sites.
+
+        A lone source is not mixed but counts as one.
+        """
+        size = self.source_size
+        reads = [1 + site // size + bool(site % size) for site in range(num_sublayers)]
+        reads.append(1 + self.num_sources(num_sublayers))
+        if self.options.window:
+            reads = [min(read, 1 + self.options.window) for read in reads]
+        return (2 if self.options.query == "none" else 4) * width * sum(reads)
+
+    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
+        """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
+        return Bank(source, self.logits(sites, source, index))
+
+    def logits(self, sites: Sites, source: Array, index: int | Int[Array, ""], site: Int[Array, ""] | None = None):
+        """The logits of source `index` at all sites, [L+1, *batch], or at one, [1, *batch]."""
+        take = (lambda x: x[...]) if site is None else lambda x: jax.lax.dynamic_slice_in_dim(x[...], site, 1)
+        if self.options.query == "none":
+            column = jax.lax.dynamic_index_in_dim(take(sites.source_logit), index, 1, keepdims=False)
+            column = column.astype(wide(source).dtype).reshape(-1, *[1] * (source.ndim - 1))
+            return jnp.broadcast_to(column, (len(column), *source.shape[:-1]))
         # Site 0 has one source, so its query changes nothing: as a constant it also gets exactly zero gradient, and no
         # rounding residue.
-        queries = sites.query[...].at[0].set(0.0)
-        return Bank(source, depth_logits(source, queries, sites.key_scale[...], self.eps))
+        queries = sites.query[...].at[0].set(0.0) if site is None else take(sites.query)
+        if self.grouped:
+            scales = take(sites.key_scale) if self.options.key_norm else None
+            return group_logits(source, queries, scales, self.eps)
+        return depth_logits(source, queries, take(sites.key_scale), self.eps)
+
+    def run(self, sublayer: Sublayer, h: Array) -> Array:
+        """Calls a sublayer on what a site reads."""
+        return self.split(sublayer(self.join(h)))
+
+    def split(self, x: Array) -> Array:
+        """Channels cut into groups, where there are any."""
+        return x.reshape(*x.shape[:-1], self.options.heads, -1) if self.grouped else x
+
+    def join(self, x: Array) -> Array:
+        """The inverse of `split`."""
+        return x.reshape(*x.shape[:-2], -1) if self.grouped else x
 
 
 def _logits(bank: Bank, place: Place) -> Float[Array, "slots S *batch"]:

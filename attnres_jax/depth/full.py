@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
-from attnres_jax.depth.block import Block
-from attnres_jax.depth.operator import State, merge_sources, normalise
-from attnres_jax.depth.reference import Plain, plain_block_attention_residuals
+from attnres_jax.depth.block import Bank, Block
+from attnres_jax.depth.operator import State
+from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.scan import Place, Sublayer
 from attnres_jax.depth.sites import Sites
 
@@ -15,19 +14,29 @@ from attnres_jax.depth.sites import Sites
 class Full(Block):
     """Block AttnRes with every output a source of its own; blocks are a schedule, and change nothing but the cost."""
 
+    def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
+        super().__init__(block_size, eps, options)
+        self.source_size = 1
+
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2 over the outputs of the own block, which all join the bank."""
-        slots = [self.slot(sites, sublayers[0](normalise(view[0])))]
-        for i, sublayer in enumerate(sublayers[1:], 1):
-            logits = jnp.stack([slot.logits[place.site + i] for slot in slots])
-            h = merge_sources(view[i], tuple(slot.values for slot in slots), logits)
-            slots.append(self.slot(sites, sublayer(h)))
+        slots: list[Bank] = []
+        for i, sublayer in enumerate(sublayers):
+            y = self.run(sublayer, self.mixed(sites, view, place, i, slots))
+            slots.append(self.slot(sites, y, place.num_valid + i))
         return None, tuple(slots)
+
+    def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Bank]):
+        """What the block's site `i` reads: its share of the bank, and the outputs of its own block so far."""
+        if not own:
+            return super().mixed(sites, view, place, i, ())
+        logits = jnp.stack([slot.logits[place.site + i] for slot in own])
+        return self.merged(sites, view[i], [slot.values for slot in own], logits, place.site + i)
 
     def num_appended(self, num_sites: int) -> int:
         """Every output."""
         return num_sites
 
-    def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
-        """The rule as a plain loop."""
-        return plain_block_attention_residuals(sites, embedding, sublayers, 1, self.eps)
+    def num_own(self, i: int) -> int:
+        """Every output of the own block so far."""
+        return i

@@ -139,7 +139,7 @@ def depth_logits(
 
 
 def _depth_logits_forward(sources, queries, key_scales, eps):
-    values, rms = _wide(sources), reciprocal_rms(sources, eps)
+    values, rms = wide(sources), reciprocal_rms(sources, eps)
     folded = (queries * key_scales).astype(values.dtype)  # only the product enters: w . (g * v) = (w * g) . v
     logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
     return logits, (sources, queries, key_scales, rms, logits)
@@ -147,7 +147,7 @@ def _depth_logits_forward(sources, queries, key_scales, eps):
 
 def _depth_logits_backward(eps, saved, logits_bar):
     sources, queries, key_scales, rms, logits = saved
-    values = _wide(sources)
+    values = wide(sources)
     folded = (queries * key_scales).astype(values.dtype)
     scaled = logits_bar * rms
     # d logit / d v = rms (w g - v rms logit / D): the second term is the derivative of the normalisation.
@@ -165,8 +165,8 @@ depth_logits.defvjp(_depth_logits_forward, _depth_logits_backward)
 
 
 def reciprocal_rms(sources: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch"]:
-    """1 / sqrt(mean(source^2) + eps), a constant to gradients: `read_bank` accounts for it itself."""
-    values = _wide(sources)
+    """1 / sqrt(mean(source^2) + eps), a constant to gradients: `depth_logits` accounts for it itself."""
+    values = wide(sources)
     return jax.lax.stop_gradient(jax.lax.rsqrt(jnp.mean(values * values, axis=-1) + eps))
 
 
@@ -190,7 +190,7 @@ def mix(
     def add(step, mixed):
         for slot in (step * READ_CHUNK + i for i in range(READ_CHUNK)):
             weight = jnp.where(slot < num_valid, _at(weights, jnp.minimum(slot, last)), 0)
-            value = _wide(_at(values, jnp.minimum(slot, last)))
+            value = wide(_at(values, jnp.minimum(slot, last)))
             mixed = [m + w[..., None] * value for m, w in zip(mixed, weight, strict=True)]
         return mixed
 
@@ -232,10 +232,10 @@ def mix_transpose(
 
     def add(slot, carry):
         values_bar, weights_bar, _ = carry
-        value, weight = _wide(_at(values, slot)), _at(weights, slot)
+        value, weight = wide(_at(values, slot)), _at(weights, slot)
         weight_bar = jnp.stack(_dots([(bar, value) for bar in mixed_bar]))
         new = sum(weight[s, ..., None] * bar for s, bar in enumerate(mixed_bar))
-        new = (_wide(_at(values_bar, slot)) + new).astype(values_bar.dtype)
+        new = (wide(_at(values_bar, slot)) + new).astype(values_bar.dtype)
         return (
             jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0),
             jax.lax.dynamic_update_index_in_dim(weights_bar, weight_bar, slot, 0),
@@ -272,7 +272,7 @@ def merge_sources(
 def _merge_forward(state, sources, logits):
     inter, weights = _merge_weights(state.maximum, state.denominator, logits)
     mixed = inter[..., None] * state.numerator
-    mixed += sum(w[..., None] * _wide(s) for w, s in zip(weights, sources, strict=True))
+    mixed += sum(w[..., None] * wide(s) for w, s in zip(weights, sources, strict=True))
     mixed = mixed.astype(sources[0].dtype)
     # The result is what the sublayer keeps as its input: with it, the backward pass does without the numerator.
     return mixed, (state.maximum, state.denominator, sources, logits, mixed)
@@ -281,8 +281,8 @@ def _merge_forward(state, sources, logits):
 def _merge_backward(saved, mixed_bar):
     maximum, denominator, sources, logits, mixed = saved
     inter, weights = _merge_weights(maximum, denominator, logits)
-    mixed_bar = _wide(mixed_bar)
-    mean, *source_dots = _dots([(mixed_bar, _wide(x)) for x in (mixed, *sources)])
+    mixed_bar = wide(mixed_bar)
+    mean, *source_dots = _dots([(mixed_bar, wide(x)) for x in (mixed, *sources)])
     state_bar = State(inter[..., None] * mixed_bar, jnp.zeros_like(maximum), -inter * mean)
     sources_bar = tuple(
         (w[..., None] * mixed_bar).astype(source.dtype) for w, source in zip(weights, sources, strict=True)
@@ -301,5 +301,6 @@ def _merge_weights(state_maximum, denominator, logits):
 merge_sources.defvjp(_merge_forward, _merge_backward)
 
 
-def _wide(x):
+def wide(x: Array) -> Array:
+    """At least float32: where statistics, weights and sums are computed, whatever the sources' dtype."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -224,7 +224,7 @@ def _strip(pullback: Callable, known: PyTree) -> tuple[_Structure, list[Array]]:
     for leaf in leaves:
         if id(leaf) not in places:
             places[id(leaf)] = len(arrays) + len(kept)
-            kept.append(leaf)
+            kept.append(jnp.asarray(leaf))  # a constant may be no array yet
     return _Structure(treedef, tuple(places[id(leaf)] for leaf in leaves)), kept
 
 

@@ -73,7 +73,8 @@ class Decoder(nnx.Module):
 
     def rule(self):
         """The depth rule."""
-        return make_rule(self.config.depth.rule, self.config.depth.block_size, self.config.norm_eps)
+        depth = self.config.depth
+        return make_rule(depth.rule, depth.block_size, self.config.norm_eps, depth)
 
     def context(self, tokens, segment_ids=None, positions=None) -> Context:
         """What every sublayer sees beside its input."""
@@ -95,7 +96,10 @@ class Trace(NamedTuple):
     states: Float[Array, "L B T D"]
     """After each sublayer: the residual stream, or the partial sum of the block (`full`: the output itself)."""
     weights: tuple[Float[Array, "sources B T"], ...] | None
-    """Of each site, over the embedding, the completed blocks and the partial sum if there is one."""
+    """Of each site over its sources, for `block` the embedding, the completed blocks and the partial sum if there is
+    one; None for a rule that keeps everything in a stream."""
+    matrix: tuple[Float[Array, "sources B T"], ...]
+    """What each site effectively reads of the embedding and of every earlier output, under any rule."""
 
 
 def unrolled(
@@ -124,6 +128,7 @@ def unrolled(
         jnp.stack(plain.outputs),
         jnp.stack(plain.states),
         None if plain.weights is None else tuple(plain.weights),
+        tuple(plain.matrix),
     )
 
 

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import jax
 
-from attnres_jax.config import DepthConfig, ModelConfig
+from attnres_jax.config import ModelConfig
+from attnres_jax.depth import make_rule
 
 PEAK_FLOPS = {
     "TPU v4": 275e12,
@@ -42,21 +43,9 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
     scores_and_mix = 2 * 2 * model.num_heads * head_dim * sequence_length
     mlp = 3 * 2 * model.width * model.mlp_width  # gate, up, down
     head = 2 * model.width * model.vocab_size
-    depth = 2 * 2 * model.width * depth_reads(model.depth, 2 * model.num_layers)  # logits, mix
+    rule = make_rule(model.depth.rule, model.depth.block_size, model.norm_eps, model.depth)
+    depth = rule.flops(2 * model.num_layers, model.width)
     return model.num_layers * (projections + scores_and_mix + mlp) + head + depth
-
-
-def depth_reads(depth: DepthConfig, sublayers: int) -> int:
-    """Sources read by all sites together, the readout included; a lone source is not mixed but counts as one.
-
-    Site l of `full` reads the embedding and l outputs. A site of `block` reads the embedding, the completed blocks
-    and, unless it is the first of its block, the partial; the readout reads everything.
-    """
-    if depth.rule == "residual":
-        return 0
-    size = 1 if depth.rule == "full" else depth.block_size
-    inside = sum(1 + site // size + bool(site % size) for site in range(sublayers))
-    return inside + 1 + -(-sublayers // size)
 
 
 def peak_flops(devices: Sequence[jax.Device]) -> float | None:

@@ -1,18 +1,176 @@
-"""The registry of depth rules."""
+"""Every rule of the registry and every option: scan against plain loop, gradients, matrices, starts, refusals."""
 
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from numerics import worst
+from toy_stacks import REMAT, SUBLAYERS, WIDTH, draw, looped, plain, scanned, value_and_gradients
 
-from attnres_jax.depth import RULES, Full, Rule, make_rule
+from attnres_jax.depth import RULES, Full, Options, Rule, make_rule
+from attnres_jax.depth.delta import Delta
+
+EPS = 1e-6
+OPTIONS = {
+    "sigmoid": {"weights": "sigmoid"},
+    "no key norm": {"key_norm": False},
+    "heads": {"heads": 3},
+    "window": {"window": 1},
+    "recency": {"recency_bias": 1.5},
+    "scalars": {"query": "none"},
+    "input query": {"query": "input"},
+    "all at once": {"weights": "sigmoid", "key_norm": False, "heads": 2, "window": 2, "recency_bias": -1.0},
+    "input query and all": {"query": "input", "heads": 2, "window": 2, "recency_bias": 1.0, "key_norm": False},
+    "scalars in a window": {"query": "none", "window": 2, "recency_bias": 0.5},
+}
+CASES = [(name, {}) for name in RULES] + [
+    (name, options)
+    for options in OPTIONS.values()
+    for name in ("block", "full", "rms_block")
+    if name != "rms_block" or options.get("query") != "input"
+]
+IDS = [f"{name} {' '.join(f'{k}={v}' for k, v in options.items())}".strip() for name, options in CASES]
+FEW = [(name, {}) for name in RULES] + [("block", options) for options in OPTIONS.values()]
+ROWS_SUM_TO_ONE = ("block", "full", "rms_block", "delta", "delta_block")
+
+
+def make(name, options, block_size=4):
+    return make_rule(name, block_size, EPS, Options(**options))
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=IDS)
+def test_scan_equals_the_plain_loop_in_float64(name, options):
+    """Values, reports and gradients of everything, each remat policy; blocks of 4 leave a short last one."""
+    with jax.enable_x64(True):
+        for block_size, policies in ((4, ("full",)),) if options else ((4, REMAT), (2, ("none",))):
+            rule = make(name, options, block_size)
+            stacks, sites, embedding, context = draw(rule)
+            expected = value_and_gradients(functools.partial(looped, rule, context), stacks, sites, embedding)
+            for remat in policies:
+                form = functools.partial(scanned, rule, context, remat)
+                assert worst(value_and_gradients(form, stacks, sites, embedding), expected) < 1e-12
+
+
+@pytest.mark.parametrize("name, options", FEW[1:])
+def test_a_gradient_equals_a_finite_difference(name, options):
+    """Along one direction in all of the rule's parameters and the embedding."""
+    with jax.enable_x64(True):
+        rule = make(name, options)
+        stacks, sites, embedding, context = draw(rule)
+
+        def loss(moved):
+            return (scanned(rule, context, "none", stacks, *moved)[0] ** 2).sum()
+
+        point = (sites, embedding)
+        direction = jax.tree.map(lambda x: jnp.sin(1 + jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), point)
+        along = jax.jit(lambda step: loss(jax.tree.map(lambda x, d: x + step * d, point, direction)))
+        slope = sum(
+            (g * d).sum()
+            for g, d in zip(jax.tree.leaves(jax.grad(loss)(point)), jax.tree.leaves(direction), strict=True)
+        )
+        np.testing.assert_allclose(slope, (along(1e-5) - along(-1e-5)) / 2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name, options", CASES, ids=IDS)
+def test_matrix_says_what_each_site_reads(name, options):
+    """The effective weights times embedding and outputs are the inputs; with heads, their mean over the groups is."""
+    with jax.enable_x64(True):
+        rule = make(name, options)
+        stacks, sites, embedding, context = draw(rule)
+        if name == "layerscale":  # gains of a sublayer's channels are made equal: the matrix has their mean
+            gain = jnp.broadcast_to(sites.gain[...].mean(1, keepdims=True), sites.gain.shape)
+            sites = jax.tree.map(lambda _: gain, sites)
+        run = plain(rule, context, stacks, sites, embedding)
+        sources = jnp.stack([embedding, *run.outputs])
+        assert [len(row) for row in run.matrix] == list(range(1, SUBLAYERS + 2))
+        assert len(run.inputs) == SUBLAYERS + 1 and len(run.outputs) == len(run.states) == SUBLAYERS
+        for h, row in zip(run.inputs, run.matrix, strict=True):
+            assert row.shape[1:] == embedding.shape[:-1]
+            if options.get("heads", 1) == 1:
+                assert worst(jnp.einsum("n...,n...d->...d", row, sources[: len(row)]), h) < 1e-12
+        if name in ROWS_SUM_TO_ONE and options.get("weights") != "sigmoid":
+            for weights in run.weights:
+                np.testing.assert_allclose(weights.sum(0), 1, rtol=1e-12)
+        if options.get("window"):
+            count = [int((np.asarray(weights) > 0).sum(0).max()) for weights in run.weights]
+            assert max(count) == 1 + options["window"]
+
+
+@pytest.mark.parametrize("name, options", FEW)
+def test_states_keep_bfloat16_and_weights_are_float32(name, options):
+    rule = make(name, options)
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    stacks, embedding, context = jax.tree.map(lambda x: x.astype(jnp.bfloat16), (stacks, embedding, context))
+    out, _ = scanned(rule, context, "none", stacks, sites, embedding)
+    run = plain(rule, context, stacks, sites, embedding)
+    assert out.dtype == run.inputs[-1].dtype == jnp.bfloat16
+    assert {row.dtype for row in run.matrix} == {jnp.dtype("float32")}
+    _, bank = rule.begin(sites, embedding)
+    assert bank is None or jax.tree.leaves(bank)[0].dtype == jnp.bfloat16
+    assert worst(out.astype(jnp.float32), run.inputs[-1].astype(jnp.float32)) < 0.05
 
 
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_has_what_the_scan_and_the_decoder_ask_for(name):
-    rule = make_rule(name, 4, 1e-6)
+    rule = make(name, {})
     assert isinstance(rule, Rule)
-    assert all(callable(getattr(rule, method)) for method in ("init_sites", "begin", "readout", "plain"))
-    assert rule.num_appended(4) == {"residual": 0, "block": 1, "full": 4}[name]
+    assert all(callable(getattr(rule, method)) for method in ("init_sites", "begin", "readout", "plain", "flops"))
+    expected = {"block": 1, "rms_block": 1, "delta_block": 1, "full": 4, "delta": 4, "denseformer": 4, "muddformer": 4}
+    assert rule.num_appended(4) == expected.get(name, 0)
+    assert (rule.begin(rule.init_sites(SUBLAYERS, WIDTH), jnp.ones((2, WIDTH)))[1] is None) == (name not in expected)
 
 
-def test_blocks_of_one_sublayer_are_full_attnres():
-    assert isinstance(make_rule("block", 1, 1e-6), Full)
-    assert make_rule("block", 1, 1e-6).block_size == 2
+def test_blocks_of_one_sublayer_are_rules_without_blocks():
+    assert isinstance(make("block", {}, 1), Full) and make("block", {}, 1).block_size == 2
+    assert type(make("delta_block", {}, 1)) is Delta
+    with pytest.raises(ValueError, match=r"block_size=1 .* nearest: block_size=2"):
+        make("rms_block", {}, 1)
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("blok", {}, "rule='blok' is unknown; known: residual, rezero"),
+        ("residual", {"window": 2}, "window=2 is no option of residual; its options: none"),
+        ("mhc", {"heads": 2}, "heads=2 is no option of mhc; its options: streams"),
+        ("block", {"streams": 2}, "streams=2 is no option of block; its options: query, weights, key_norm"),
+        ("block", {"weights": "softmaxx"}, "weights='softmaxx' is unknown; known: softmax, sigmoid"),
+        ("block", {"query": "static"}, "query='static' is unknown; known: learned, input, none"),
+        ("rms_block", {"query": "input"}, "query='input' is no option of rms_block; rules with it: block, full"),
+        ("block", {"query": "none", "key_norm": False}, "key_norm=False has no effect with query='none'"),
+        ("block", {"query": "none", "heads": 2}, "heads=2 has no effect with query='none'"),
+        ("block", {"window": -1}, "window=-1 must be at least 0"),
+        ("block", {"heads": 0}, "heads=0 must be at least 1"),
+        ("hyper_connections", {"streams": 0}, "streams=0 must be at least 1"),
+        ("mhc", {"streams": 1}, "streams=1 leaves nothing to mix; nearest: streams=2"),
+        ("mhc_lite", {"streams": 5}, "streams=5 is too many for mhc_lite, .* nearest: streams=4"),
+    ],
+)
+def test_impossible_rules_are_refused_with_one_line(name, options, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make(name, options)
+    assert "\n" not in str(error.value)
+
+
+def test_recency_bias_is_where_the_learned_scalar_starts():
+    rule = make("block", {"recency_bias": 2.0})
+    np.testing.assert_array_equal(rule.init_sites(4, 8).recency[...], np.full(5, 2.0))
+    stacks, sites, embedding, context = draw(rule, jnp.float32, perturb=0)
+    weights = plain(rule, context, stacks, sites, embedding).weights[-1]
+    np.testing.assert_allclose(weights[-1] / weights[0], np.exp(2.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["block", "full"])
+def test_options_that_change_nothing_change_nothing(name):
+    """One head, a window as wide as the stack and a projection at zero are the rule without options."""
+    with jax.enable_x64(True):
+        base = make(name, {})
+        stacks, sites, embedding, context = draw(base)
+        expected = scanned(base, context, "none", stacks, sites, embedding)
+        assert worst(scanned(make(name, {"window": 7}), context, "none", stacks, sites, embedding), expected) < 1e-13
+        projected = make(name, {"query": "input"})
+        with_projection = projected.init_sites(SUBLAYERS, WIDTH)
+        with_projection.query, with_projection.key_scale = sites.query, sites.key_scale
+        assert worst(scanned(projected, context, "none", stacks, with_projection, embedding), expected) < 1e-12

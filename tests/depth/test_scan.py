@@ -6,61 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy_stacks
 from numerics import worst
+from toy_stacks import WIDTH, call, value_and_gradients
 
 from attnres_jax.depth import Segment, depth_scan, make_rule
-from attnres_jax.models.plan import cut, slots_of
+from attnres_jax.models.plan import cut
 
-WIDTH, SUBLAYERS = 12, 10
-PLAN = ["tanh", "linear"] * (SUBLAYERS // 2)
-
-
-def call(kind, weight, h, context):
-    y = (jnp.tanh(h) if kind == "tanh" else h) @ weight + context
-    return y, {"mean": y.mean()}
-
-
-def draw(rule, dtype=jnp.float64):
-    keys = jax.random.split(jax.random.key(0), 5)
-    stacks = {
-        kind: jax.random.normal(key, (5, WIDTH, WIDTH), dtype) / 4 for kind, key in zip(PLAN[:2], keys, strict=False)
-    }
-    embedding = jax.random.normal(keys[2], (2, 3, WIDTH), dtype)
-    sites = rule.init_sites(SUBLAYERS, WIDTH)
-    if sites is not None:
-        sites = jax.tree.map(lambda x: x.astype(dtype) + jax.random.normal(keys[3], x.shape, dtype) / 3, sites)
-    return stacks, sites, embedding, jax.random.normal(keys[4], (WIDTH,), dtype) / 10
-
-
-def scanned(rule, context, remat, stacks, sites, embedding):
-    stream, bank = rule.begin(sites, embedding)
-    stream, bank, reports = depth_scan(
-        rule, cut(PLAN, rule.block_size), call, stacks, sites, stream, bank, context, remat=remat
-    )
-    means = jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
-    return rule.readout(sites, stream, bank), means
-
-
-def looped(rule, context, stacks, sites, embedding):
-    means = []
-
-    def sublayer(kind, slot, h):
-        y, report = call(kind, stacks[kind][slot], h, context)
-        means.append(report["mean"])
-        return y
-
-    sublayers = [functools.partial(sublayer, kind, slot) for kind, slot in zip(PLAN, slots_of(PLAN), strict=True)]
-    return rule.plain(sites, embedding, sublayers).inputs[-1], jnp.stack(means)
-
-
-def value_and_gradients(form, *arguments):
-    def both(*arguments):
-        value, pullback = jax.vjp(form, *arguments)
-        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), value)
-        return value, pullback(cotangent)
-
-    return jax.jit(both)(*arguments)
-
+PLAN = ["tanh", "linear"] * 5
+draw, scanned, looped = (
+    functools.partial(form, plan=PLAN) for form in (toy_stacks.draw, toy_stacks.scanned, toy_stacks.looped)
+)
 
 RULES = [
     ("residual", 2),

@@ -21,11 +21,22 @@ TINY = ModelConfig(
 TOKENS = jax.random.randint(jax.random.key(1), (2, 12), 0, 61)
 SEGMENTS = jnp.array([[1] * 5 + [2] * 7, [1] * 9 + [2] * 3])
 POSITIONS = jnp.array([[*range(5), *range(7)], [*range(9), *range(3)]])
+OPTIONS = {
+    "sigmoid": {"weights": "sigmoid"},
+    "no key norm": {"key_norm": False},
+    "heads": {"heads": 4},
+    "scalars": {"query": "none"},
+    "input query": {"query": "input"},
+    "key scales of any value": {},
+    "wide window": {"window": 6},
+}
+NO_PARITY = {"narrow window": {"window": 1}, "recency": {"recency_bias": 1.0}}
 RULES = [("block", 1), ("block", 2), ("block", 4), ("block", 6), ("full", 4)]  # six sublayers: 4 leaves a short block
 
 
-def make(rule, block_size, **changes):
-    config = dataclasses.replace(TINY, depth=DepthConfig(rule=rule, block_size=block_size), **changes)
+def make(rule, block_size, options=None, **changes):
+    depth = DepthConfig(rule=rule, block_size=block_size, **(options or {}))
+    config = dataclasses.replace(TINY, depth=depth, **changes)
     return build_model(config, rngs=nnx.Rngs(0))
 
 
@@ -58,6 +69,34 @@ def test_zero_queries_are_the_residual_baseline(rule, block_size, baseline):
     for part in ("embedding", "sublayers", "final_norm"):
         assert worst(getattr(gradients, part), getattr(baseline[1], part)) < 1e-5
     assert float(jnp.abs(gradients.sites.query[1:]).max(1).min()) > 0  # and the queries are free to move
+
+
+@pytest.mark.parametrize("name", [*OPTIONS, *NO_PARITY])
+@pytest.mark.parametrize("rule", ["block", "full"])
+def test_options_keep_the_parity_or_lose_it(rule, name, baseline):
+    """As docs/semantics.md says: the baseline's logits and backbone gradients, or other ones."""
+    model = make(rule, 2, (OPTIONS | NO_PARITY)[name])
+    if name == "key scales of any value":
+        model.sites.key_scale[...] = jax.random.normal(jax.random.key(3), model.sites.key_scale.shape)
+    logits, gradients = value_and_gradients(model, lambda model: model(TOKENS, SEGMENTS, POSITIONS))
+    if name in NO_PARITY:
+        assert worst(logits, baseline[0]) > 1e-2
+        return
+    assert worst(logits, baseline[0]) < 1e-5
+    for part in ("embedding", "sublayers", "final_norm"):
+        assert worst(getattr(gradients, part), getattr(baseline[1], part)) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["lambdas", "hyper_connections", "mhc", "mhc_lite", "denseformer", "muddformer"])
+def test_other_rules_that_start_as_the_residual_baseline(rule, baseline):
+    forward = jax.jit(lambda model: model(TOKENS, SEGMENTS, POSITIONS))
+    assert worst(forward(make(rule, 4)), baseline[0]) < 1e-5
+
+
+@pytest.mark.parametrize("rule", ["rezero", "layerscale", "rms_block", "delta", "delta_block"])
+def test_other_rules_that_do_not(rule, baseline):
+    forward = jax.jit(lambda model: model(TOKENS, SEGMENTS, POSITIONS))
+    assert worst(forward(make(rule, 4)), baseline[0]) > 1e-2
 
 
 def test_zero_queries_at_the_default_eps_differ_by_eps_alone(baseline):

@@ -6,9 +6,10 @@ import pytest
 from flax import nnx
 
 from attnres_jax.config import DepthConfig, ModelConfig
+from attnres_jax.depth import make_rule
 from attnres_jax.models import Decoder, unrolled
 from attnres_jax.training import forward_flops_per_token, training_flops_per_token
-from attnres_jax.training.flops import PEAK_FLOPS, depth_reads
+from attnres_jax.training.flops import PEAK_FLOPS
 
 
 def test_hand_count():
@@ -43,7 +44,7 @@ def test_hand_count():
     ],
 )
 def test_sources_read_over_six_sublayers(rule, size, reads):
-    assert depth_reads(DepthConfig(rule=rule, block_size=size), 6) == reads
+    assert make_rule(rule, size, 1e-6).flops(6, 10) == 2 * 2 * 10 * reads
 
 
 @pytest.mark.parametrize(("rule", "size"), [("residual", 2), ("block", 4), ("full", 2)])

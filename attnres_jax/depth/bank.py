@@ -1,0 +1,28 @@
+"""What rules have in common whose sites read the bank one after the other: weights that need the newest source."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
+
+from attnres_jax.depth.scan import Place
+
+
+class WholeBank:
+    """Sites get the bank as it is: a later one cannot read before the earlier sublayer has run, so no phase is shared.
+
+    Every site passes over the bank by itself, and a block's backward pass holds a cotangent of the whole bank: correct
+    and linear in memory, but neither as fast nor as lean as `Block`.
+    """
+
+    def read(self, sites: PyTree, bank: Float[Array, "N *batch D"], place: Place) -> Float[Array, "N *batch D"]:
+        """The bank; slots from `place.num_valid` on are not to be read."""
+        return bank
+
+    def read_transpose(self, sites: PyTree, bank: Array, place: Place, view: Array, view_bar: Array, bank_bar: Array):
+        """The cotangent as it is, added."""
+        return jax.tree.map(jnp.zeros_like, sites), bank_bar + view_bar
+
+
+def slot_at(bank: Float[Array, "N *batch D"], index: int | Int[Array, ""]) -> Float[Array, "*batch D"]:
+    """One source."""
+    return jax.lax.dynamic_index_in_dim(bank, index, keepdims=False)

@@ -1,0 +1,54 @@
+"""`delta`: the residual stream, and a depth attention over the outputs added to each read (arXiv:2605.18855).
+
+A site reads h = x + sum_i a_i y_i: x is the plain residual sum, y_i the earlier outputs and a = softmax(w . RMSNorm([0,
+y_1, ...])), where the zero vector is a null source that takes weight and adds nothing. A null of zeros has the logit 0.
+The authors' code also lists the embedding among the sources and can leave the null source out.
+"""
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from attnres_jax.depth.block import Bank
+from attnres_jax.depth.full import Full
+from attnres_jax.depth.operator import State
+from attnres_jax.depth.reference import Plain, plain_delta_attention_residuals
+from attnres_jax.depth.scan import Place, Sublayer
+from attnres_jax.depth.sites import Sites
+
+
+class Delta(Full):
+    """Full AttnRes with the null source in the embedding's slot, added to a residual stream."""
+
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+
+    def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
+        """(stream, bank) before the first block: the embedding goes into the stream, and slot 0 is the null source."""
+        return embedding, jax.tree.map(lambda x: x[None], self.slot(sites, jnp.zeros_like(embedding), 0))
+
+    def block(
+        self,
+        sites: Sites,
+        stream: Float[Array, "*batch D"],
+        view: tuple[State, ...],
+        place: Place,
+        sublayers: Sequence[Sublayer],
+    ):
+        """Phase 2 over the outputs of the own block; each output joins the stream and the bank."""
+        slots: list[Bank] = []
+        for i, sublayer in enumerate(sublayers):
+            y = sublayer((stream + self.mixed(sites, view, place, i, slots)).astype(stream.dtype))
+            stream = stream + y
+            slots.append(self.slot(sites, y, place.num_valid + i))
+        return stream, tuple(slots)
+
+    def readout(self, sites: Sites, stream: Float[Array, "*batch D"], bank: Bank) -> Float[Array, "*batch D"]:
+        """The last site, over all outputs."""
+        return stream + super().readout(sites, None, bank)
+
+    def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
+        """The rule as a plain loop."""
+        return plain_delta_attention_residuals(sites, embedding, sublayers, self.source_size, self.eps)

@@ -1,0 +1,76 @@
+"""`query="input"` of `block` and `full`: queries that depend on the token (an ablation of the paper, Table 4).
+
+The query of a site is w + W x, where x is its newest source at unit RMS. The paper projects "the current hidden state"
+and says no more; here W starts at zero, so that the site starts like any other.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnres_jax.depth.bank import WholeBank, slot_at
+from attnres_jax.depth.block import Block
+from attnres_jax.depth.operator import HIGHEST, State, mix, wide
+from attnres_jax.depth.options import Options
+from attnres_jax.depth.reference import unit_rms
+from attnres_jax.depth.scan import Place, Sublayer
+from attnres_jax.depth.sites import Sites
+from attnres_jax.depth.weighting import group_logits
+
+
+class InputQuery(WholeBank, Block):
+    """AttnRes with sources of `source_size` outputs and a projected query; every site passes over the bank itself."""
+
+    def __init__(self, block_size: int, eps: float, options: Options, source_size: int):
+        super().__init__(block_size, eps, options)
+        self.source_size = source_size
+        self.grouped = True
+
+    def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
+        """(stream, bank) before the first block: the embedding is source 0."""
+        return None, self.split(embedding)[None]
+
+    def block(self, sites: Sites, stream: None, view: Array, place: Place, sublayers: Sequence[Sublayer]):
+        """One site after the other; the own sources join the bank."""
+        own: list[Array] = []
+        for i, sublayer in enumerate(sublayers):
+            y = self.run(sublayer, self.mixed(sites, view, place, i, own))
+            own = [own[0] + y] if own and self.source_size > 1 else [*own, y]
+        return None, tuple(own)
+
+    def mixed(self, sites: Sites, view: Array, place: Place, i: int, own: Sequence[Array]):
+        """What the block's site `i` reads: the bank and its own block's sources so far."""
+        newest = own[-1] if own else slot_at(view, place.num_valid - 1)
+        site, query = place.site + i, self.query(sites, place.site + i, newest)
+        weights, maximum, denominator = self.weigh(
+            sites, self.token_logits(sites, query, view, site), site, place.num_valid, [len(own)]
+        )
+        state = State(mix(view, weights, place.num_valid), maximum, denominator).site(0)
+        if not own:
+            return (state.numerator / state.denominator[..., None]).astype(view.dtype)
+        logits = self.token_logits(sites, query, jnp.stack(own), site)[:, 0]
+        return self.merged(sites, state, own, logits, site)
+
+    def query(self, sites: Sites, site: Int[Array, ""], newest: Float[Array, "*batch H d"]) -> Float[Array, "*batch D"]:
+        """The query of each token at a site."""
+        x = unit_rms(wide(self.join(newest)), self.eps)
+        return sites.query[site] + jnp.einsum("...d,de->...e", x, sites.query_projection[site], precision=HIGHEST)
+
+    def token_logits(self, sites: Sites, query: Float[Array, "*batch D"], sources: Float[Array, "K *batch H d"], site):
+        """The logits of K sources at one site, [K, 1, *batch, H]."""
+        scale = sites.key_scale[site][None] if self.options.key_norm else None
+        return jnp.moveaxis(group_logits(sources, query[None], scale, self.eps), 0, 1)
+
+    def num_appended(self, num_sites: int) -> int:
+        """One source a block, or every output."""
+        return num_sites if self.source_size == 1 else 1
+
+    def readout(self, sites: Sites, stream: None, bank: Array) -> Float[Array, "*batch D"]:
+        """The last site, over all sources."""
+        last, count = sites.query[...].shape[0] - 1, len(bank)
+        return self.join(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()))
+
+    def flops(self, num_sublayers: int, width: int) -> int:
+        """As without projection, and a D x D projection a site."""
+        return super().flops(num_sublayers, width) + (num_sublayers + 1) * 2 * width**2

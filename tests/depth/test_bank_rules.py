@@ -1,0 +1,51 @@
+"""Rules that read a bank: where they start, and what their papers say of them."""
+
+import jax
+import pytest
+from numerics import worst
+from toy_stacks import SUBLAYERS, draw, plain, scanned
+
+from attnres_jax.depth import Residual
+from attnres_jax.depth.delta import Delta
+from attnres_jax.depth.delta_block import DeltaBlock
+from attnres_jax.depth.denseformer import DenseFormer
+from attnres_jax.depth.rms_block import RMSBlock
+
+
+def test_denseformer_starts_as_the_residual_sum():
+    with jax.enable_x64(True):
+        rule = DenseFormer(2, 1e-6)
+        stacks, sites, embedding, context = draw(rule, perturb=0)
+        residual = plain(Residual(2, 1e-6), context, stacks, None, embedding)
+        assert worst(plain(rule, context, stacks, sites, embedding).inputs, residual.inputs) < 1e-13
+
+
+@pytest.mark.parametrize("kind", [Delta, DeltaBlock])
+def test_delta_starts_as_the_stream_and_the_mean_of_its_sources(kind):
+    """Not the residual sum: of the n sources and the null source each has the weight 1 / (n + 1)."""
+    with jax.enable_x64(True):
+        rule = kind(2, 1e-6)
+        stacks, sites, embedding, context = draw(rule, perturb=0)
+        run = plain(rule, context, stacks, sites, embedding)
+        total = sum(run.outputs)
+        count = SUBLAYERS if kind is Delta else SUBLAYERS // 2
+        assert worst(run.inputs[-1], embedding + (1 + 1 / (count + 1)) * total) < 1e-13
+
+
+def test_delta_with_blocks_of_one_output_is_delta():
+    with jax.enable_x64(True):
+        delta = Delta(2, 1e-6)
+        stacks, sites, embedding, context = draw(delta)
+        results = [scanned(rule, context, "none", stacks, sites, embedding) for rule in (delta, DeltaBlock(1, 1e-6))]
+        assert worst(*results) < 1e-13
+
+
+def test_rms_block_completed_blocks_do_not_depend_on_the_scale_of_an_output():
+    """The output of the last sublayer, ten times as large, changes nothing for the head: its block is complete."""
+    with jax.enable_x64(True):
+        rule = RMSBlock(4, 0.0)
+        stacks, sites, embedding, _ = draw(rule)
+        own = [lambda h, weight=weight: h @ weight for weight in stacks["linear"]]
+        larger = [*own[:-1], lambda h: 10 * own[-1](h)]
+        results = [rule.plain(sites, embedding, sublayers).inputs[-1] for sublayers in (own, larger)]
+        assert worst(*results) < 1e-13

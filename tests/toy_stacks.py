@@ -1,0 +1,75 @@
+"""Stacks of small sublayers that know nothing of transformers, run by the depth scan and by a rule's plain loop."""
+
+import functools
+import zlib
+
+import jax
+import jax.numpy as jnp
+
+from attnres_jax.depth import depth_scan
+from attnres_jax.models.plan import cut, slots_of
+
+WIDTH, SUBLAYERS = 12, 6
+PLAN = ["tanh", "linear"] * (SUBLAYERS // 2)
+REMAT = ("none", "dots", "full")
+
+
+def call(kind, weight, h, context):
+    """A sublayer, in the dtype of its weight, and what it reports."""
+    h = h.astype(weight.dtype)
+    y = (jnp.tanh(h) if kind == "tanh" else h) @ weight + context
+    return y, {"mean": y.mean()}
+
+
+def draw(rule, dtype=jnp.float64, *, perturb=1 / 3, plan=PLAN):
+    """(stacks, sites, embedding, context); the sites are moved away from their start by `perturb`."""
+    keys = jax.random.split(jax.random.key(0), 5)
+    stacks = {
+        kind: jax.random.normal(key, (plan.count(kind), WIDTH, WIDTH), dtype) / 4
+        for kind, key in zip(dict.fromkeys(plan), keys, strict=False)
+    }
+    embedding = jax.random.normal(keys[2], (2, 3, WIDTH), dtype)
+
+    def move(path, x):
+        key = jax.random.fold_in(keys[3], zlib.crc32(jax.tree_util.keystr(path).encode()))
+        # Smaller as well: mixing logits start at -8, where nothing mixes.
+        return x.astype(dtype) / 4 + perturb * jax.random.normal(key, x.shape, dtype)
+
+    sites = rule.init_sites(len(plan), WIDTH)
+    sites = jax.tree_util.tree_map_with_path(move, sites) if perturb else jax.tree.map(lambda x: x.astype(dtype), sites)
+    return stacks, sites, embedding, jax.random.normal(keys[4], (WIDTH,), dtype) / 10
+
+
+def scanned(rule, context, remat, stacks, sites, embedding, *, plan=PLAN):
+    """The depth scan: what the head reads, and the sublayers' reports in order."""
+    stream, bank = rule.begin(sites, embedding)
+    segments = cut(plan, rule.block_size)
+    stream, bank, reports = depth_scan(rule, segments, call, stacks, sites, stream, bank, context, remat=remat)
+    means = jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
+    return rule.readout(sites, stream, bank), means
+
+
+def plain(rule, context, stacks, sites, embedding, *, plan=PLAN):
+    """The rule's own loop."""
+    sublayers = [
+        functools.partial(lambda kind, slot, h: call(kind, stacks[kind][slot], h, context)[0], kind, slot)
+        for kind, slot in zip(plan, slots_of(plan), strict=True)
+    ]
+    return rule.plain(sites, embedding, sublayers)
+
+
+def looped(rule, context, stacks, sites, embedding, *, plan=PLAN):
+    """The plain loop, in the shape of `scanned`."""
+    run = plain(rule, context, stacks, sites, embedding, plan=plan)
+    return run.inputs[-1], jnp.stack([y.mean() for y in run.outputs])
+
+
+def value_and_gradients(form, *arguments):
+    """The value and, for a cotangent of cosines, the gradients in all arguments."""
+
+    def both(*arguments):
+        value, pullback = jax.vjp(form, *arguments)
+        cotangent = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), value)
+        return value, pullback(cotangent)
+
+    return jax.jit(both)(*arguments)
