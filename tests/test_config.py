@@ -19,13 +19,36 @@ ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
-@pytest.mark.parametrize("rule", RULES)
-def test_every_config_builds_with_every_rule(path, rule):
-    config = load_config(f"{path}:residual={rule},seed=3")
-    assert config.model.depth.rule == rule and config.seed == 3
+ABLATIONS = str(ROOT / "configs" / "ablations.py")
+VARIANTS = subprocess.run([sys.executable, ABLATIONS], capture_output=True, text=True, check=True).stdout.split()
+
+
+def build(spec):
+    config = load_config(spec)
     model = jax.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(config.seed)))
     assert model.embedding.table.shape == (config.model.vocab_size, config.model.width)
+    return config
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_tiny_config_builds_with_every_rule(rule):
+    config = build(f"{TINY}:residual={rule},seed=3")
+    assert config.model.depth.rule == rule and config.seed == 3
+
+
+def test_every_ablation_of_the_paper_builds_and_no_two_are_the_same():
+    configs = [build(f"{ABLATIONS}:variant={variant},seed=3") for variant in VARIANTS]
+    assert len({config.model.depth for config in configs}) == len(VARIANTS) == 16
+    assert {config.model.depth.block_size for config in configs if config.model.depth.rule == "block"} == {
+        *(2, 4, 8, 16, 32)
+    }
+    with pytest.raises(ConfigError, match="variant='fulll' is unknown; known: baseline, denseformer"):
+        load_config(f"{ABLATIONS}:variant=fulll")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
+def test_every_config_says_how_it_is_run_and_what_comes_out(path):
+    build(str(path))
     docstring = path.read_text().split('"""')[1]
     assert all(word in docstring for word in ("Command:", "Hardware:", "Time:", "Expected:"))
 
@@ -45,7 +68,11 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         ("nowhere.py", [], "config file 'nowhere.py' does not exist"),
         (TINY.replace("tiny", "tyny"), [], "did you mean"),
         (TINY + ":residul=block", [], "config argument key 'residul' is unknown; did you mean 'residual'?"),
-        (TINY + ":block", [], "'block' is not of the form key=value; known keys: residual, block_size, seed"),
+        (
+            TINY + ":block",
+            [],
+            "'block' is not of the form key=value; known keys: residual, block_size, layers",
+        ),
         (TINY + ":seed=one", [], "config argument seed='one' must be int"),
         (TINY + ":residual=blok", [], "model.depth.rule='blok' is unknown; known: residual, rezero, layerscale"),
         (TINY, ["training.step=3"], "key 'training.step' is unknown; did you mean 'training.steps'?"),
@@ -120,6 +147,7 @@ def test_json_round_trip(tmp_path):
 
 
 def test_blocks_are_said_in_sublayers_or_in_layers():
+    assert load_config(f"{TINY}:layers_per_block=4").model.depth.block_size == 8
     assert sublayers_in_block(0, 3, 4) == sublayers_in_block(6, 3, 4) == sublayers_in_block(6, 0, 4) == 6
     assert sublayers_in_block(0, 0, 4) == 4
     with pytest.raises(ConfigError, match="layers_per_block=3 is block_size=6"):
