@@ -187,15 +187,20 @@ def mix(
     """The sums over sources sum_n weights[n, s] * values[n] of the first `num_valid`; float32, the others not read."""
     num_valid, last = jnp.asarray(num_valid), len(values) - 1
 
+    def products(step, slot):
+        slot = step * READ_CHUNK + slot
+        weight = jnp.where(slot < num_valid, _at(weights, jnp.minimum(slot, last)), 0)
+        value = wide(_at(values, jnp.minimum(slot, last)))
+        return [w[..., None] * value for w in weight]
+
     def add(step, mixed):
-        for slot in (step * READ_CHUNK + i for i in range(READ_CHUNK)):
-            weight = jnp.where(slot < num_valid, _at(weights, jnp.minimum(slot, last)), 0)
-            value = wide(_at(values, jnp.minimum(slot, last)))
-            mixed = [m + w[..., None] * value for m, w in zip(mixed, weight, strict=True)]
+        for slot in range(READ_CHUNK):
+            mixed = [m + product for m, product in zip(mixed, products(step, slot), strict=True)]
         return mixed
 
-    zeros = [jnp.zeros((*weights.shape[2:], values.shape[-1]), weights.dtype)] * weights.shape[1]
-    return jnp.stack(jax.lax.fori_loop(0, (num_valid + READ_CHUNK - 1) // READ_CHUNK, add, zeros))
+    # The first chunk is a sum by itself: zeros to start from would be written and read once more than they need be.
+    first = [sum(parts) for parts in zip(*(products(0, slot) for slot in range(READ_CHUNK)), strict=True)]
+    return jnp.stack(jax.lax.fori_loop(1, (num_valid + READ_CHUNK - 1) // READ_CHUNK, add, first))
 
 
 def _mix_forward(values, weights, num_valid):

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from attnres_jax.config import DepthConfig, ModelConfig
-from attnres_jax.depth import make_rule
+from attnres_jax.depth import RULES, make_rule
 from attnres_jax.models import Decoder, unrolled
 from attnres_jax.training import forward_flops_per_token, training_flops_per_token
 from attnres_jax.training.flops import PEAK_FLOPS
@@ -47,7 +47,7 @@ def test_sources_read_over_six_sublayers(rule, size, reads):
     assert make_rule(rule, size, 1e-6).flops(6, 10) == 2 * 2 * 10 * reads
 
 
-@pytest.mark.parametrize(("rule", "size"), [("residual", 2), ("block", 4), ("full", 2)])
+@pytest.mark.parametrize(("rule", "size"), [(rule, 2) for rule in RULES] + [("block", 4)])
 def test_within_three_percent_of_the_compilers_count(rule, size):
     """The compiler counts elementwise work too, so it counts a little more."""
     model = ModelConfig(
