@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnres_jax.config import MetricsConfig
+from attnres_jax.depth.shares import entropy, shares
 from attnres_jax.evaluation.perplexity import Batch, token_nll
 from attnres_jax.models import Decoder, Trace, unrolled
 
@@ -42,9 +43,10 @@ def depth_diagnostics(model: Decoder, batch: Batch) -> dict[str, Float[Array, ".
     """Float32 metrics over the real tokens of `batch`; L sublayers, L+1 sites.
 
     output_rms [L]: RMS over tokens and channels of what each sublayer returns. output_grad_rms [L]: of the gradient of
-    the summed token losses with respect to it. depth_entropy [L+1] and depth_max_weight [L+1]: of each site's weights,
-    in nats and as the largest weight, means over tokens; absent for a rule without weights. depth/spike: 1 where the
-    first sublayer's output RMS exceeds `SPIKE` times the median of the others', else 0.
+    the summed token losses with respect to it. depth_entropy [L+1] and depth_max_weight [L+1]: of each site's weights
+    as shares (which softmax weights are; absolute values over their sum where weights may be anything), in nats and as
+    the largest, means over tokens; absent for a rule without weights. depth/spike: 1 where the first sublayer's output
+    RMS exceeds `SPIKE` times the median of the others', else 0.
     """
     gradients, trace = output_gradients(model, batch)
     real = (batch["segment_ids"] > 0).astype(jnp.float32)
@@ -56,9 +58,9 @@ def depth_diagnostics(model: Decoder, batch: Batch) -> dict[str, Float[Array, ".
 
     metrics = {"output_rms": rms(trace.outputs), "output_grad_rms": rms(gradients)}
     if trace.weights is not None:
-        weights = [site.astype(jnp.float32) for site in trace.weights]
-        metrics["depth_entropy"] = jnp.stack([jnp.sum(_entropy(site) * real) for site in weights]) / tokens
-        metrics["depth_max_weight"] = jnp.stack([jnp.sum(jnp.max(site, axis=0) * real) for site in weights]) / tokens
+        parts = [shares(site.astype(jnp.float32)) for site in trace.weights]
+        metrics["depth_entropy"] = jnp.stack([jnp.sum(entropy(site) * real) for site in parts]) / tokens
+        metrics["depth_max_weight"] = jnp.stack([jnp.sum(jnp.max(site, axis=0) * real) for site in parts]) / tokens
     first, others = metrics["output_rms"][0], metrics["output_rms"][1:]
     metrics["depth/spike"] = (first > SPIKE * jnp.median(others)).astype(jnp.float32)
     # A row of metrics.jsonl is JSON, which has no infinity: what overflows is the largest float.
@@ -77,9 +79,3 @@ def output_gradients(model: Decoder, batch: Batch) -> tuple[Float[Array, "L B T 
     probes = jnp.zeros((len(model.plan()), *batch["inputs"].shape, model.config.width))
     # The sum, not the mean: what reaches an output must not depend on how many tokens are looked at.
     return jax.grad(loss, has_aux=True)(probes)
-
-
-def _entropy(weights: Float[Array, "sources B T"]) -> Float[Array, "B T"]:
-    # Sigmoid weights do not sum to one: theirs is the entropy of their shares.
-    shares = weights / jnp.maximum(jnp.sum(weights, axis=0), jnp.finfo(jnp.float32).tiny)
-    return jnp.sum(jax.scipy.special.entr(shares), axis=0)

@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from attnres_jax.config import DepthConfig, MetricsConfig, ModelConfig
+from attnres_jax.depth import RULES
 from attnres_jax.models import Decoder, unrolled
 from attnres_jax.training import train
 from attnres_jax.training.diagnostics import DepthDiagnostics, depth_diagnostics
@@ -35,22 +36,25 @@ def batch():
     return jax.tree.map(jax.numpy.asarray, {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]} | rest)
 
 
-@pytest.mark.parametrize("rule", ["residual", "block", "full"])
+@pytest.mark.parametrize("rule", RULES)
 def test_values_are_those_of_the_plain_pass(rule, batch):
     model = small_model(rule)
-    if model.sites is not None:
-        model.sites.query[...] = jax.random.normal(jax.random.key(2), model.sites.query.shape)
+    model.sites = jax.tree.map(lambda x: x + jax.random.normal(jax.random.key(2), x.shape), model.sites)
     metrics = depth_diagnostics(model, batch)
     trace = unrolled(model, batch["inputs"], batch["segment_ids"], batch["positions"])
     real = np.asarray(batch["segment_ids"]) > 0
     outputs = np.asarray(trace.outputs, np.float64)[:, real]
     np.testing.assert_allclose(metrics["output_rms"], np.sqrt((outputs**2).mean((1, 2))), rtol=1e-5)
     assert metrics["output_grad_rms"].shape == (4,) and np.all(metrics["output_grad_rms"] > 0)
-    if rule == "residual":
+    if trace.weights is None:
         assert set(metrics) == {"output_rms", "output_grad_rms", "depth/spike"}
+        assert rule not in ("block", "full", "rms_block", "delta", "delta_block", "denseformer", "muddformer")
         return
+    signed = any(bool((weights < 0).any()) for weights in trace.weights)
+    assert signed == (rule in ("denseformer", "muddformer"))
     for site, weights in enumerate(trace.weights):
-        w = np.asarray(weights, np.float64)[:, real]
+        w = np.abs(np.asarray(weights, np.float64)[:, real])
+        w /= w.sum(0)
         np.testing.assert_allclose(metrics["depth_entropy"][site], -(w * np.log(w)).sum(0).mean(), atol=1e-5)
         np.testing.assert_allclose(metrics["depth_max_weight"][site], w.max(0).mean(), rtol=1e-5)
 
