@@ -1,4 +1,4 @@
-"""Inspection of a trained model: which sources its sites read, and how large outputs and gradients are by sublayer."""
+"""Inspection of a trained model: what its sites read, and how large outputs and gradients are by sublayer."""
 
 import dataclasses
 import functools
@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Float
 
 from attnres_jax.data import heldout_batches, load_text
-from attnres_jax.evaluation.perplexity import Batch, token_nll
-from attnres_jax.models import Decoder, unrolled
+from attnres_jax.evaluation.perplexity import Batch
+from attnres_jax.models import Decoder
 from attnres_jax.training import restore_model
+from attnres_jax.training.diagnostics import output_gradients
 
 MAGNITUDES = ("output_rms", "state_rms", "gradient_rms", "input_rms")
 
@@ -37,6 +38,10 @@ class Inspection:
     site_labels: tuple[str, ...]
     source_labels: tuple[str, ...]
     """Of the columns of `depth_weights`. A block's column also holds its partial sum, for the sites inside it."""
+    mixing_matrix: Float[np.ndarray, "L+1 L+1"]
+    """Mean effective weight of the embedding and each output at each site, under any rule; NaN above the diagonal."""
+    output_labels: tuple[str, ...]
+    """Of the columns of `mixing_matrix`: the embedding, then the sublayers."""
 
     def save(self, path: Path) -> None:
         """Writes an .npz file, whole or not at all."""
@@ -79,14 +84,17 @@ def inspect_model(model: Decoder, batch: Batch) -> Inspection:
             tokens += count
     plan = model.plan()
     sites = [f"{'MLP' if index % 2 else 'attention'} {index // 2 + 1}" for index in range(len(plan))]
-    weights = totals.pop("weights", None)
-    if weights is not None:
-        weights = _left_aligned([site / tokens for site in weights])
+    means = {
+        key: _left_aligned([row / tokens for row in totals[key]]) for key in ("weights", "matrix") if key in totals
+    }
+    weights = means.get("weights")
     return Inspection(
         **{key: np.sqrt(totals[key] / (tokens * model.config.width)).astype(np.float32) for key in MAGNITUDES},
         depth_weights=weights,
         site_labels=(*sites, "readout"),
-        source_labels=() if weights is None else _source_labels(sites, weights.shape[1]),
+        source_labels=() if weights is None else _source_labels(model.config.depth.rule, sites, weights.shape[1]),
+        mixing_matrix=means["matrix"],
+        output_labels=("embedding", *sites),
     )
 
 
@@ -109,17 +117,9 @@ def _jitted_sums() -> Callable:
 
 
 def _sums(model: Decoder, row: Batch) -> dict[str, Any]:
-    """Sums over real tokens: of squares [L or L+1], and of the depth weights, an array [sources] for each site."""
+    """Sums over real tokens: of squares [L or L+1], and of weights, an array [sources] for each site."""
+    gradients, trace = output_gradients(model, row)
     real = row["segment_ids"] > 0
-
-    def loss(probes):
-        trace = unrolled(model, row["inputs"], row["segment_ids"], row["positions"], probes=probes)
-        nll, _ = token_nll(trace.logits, row["targets"])
-        return jnp.sum(nll * row["weights"]), trace
-
-    probes = jnp.zeros((len(model.plan()), *row["inputs"].shape, model.config.width))
-    # The sum, not the mean: what reaches an output must not depend on how many tokens are looked at.
-    gradients, trace = jax.grad(loss, has_aux=True)(probes)
     arrays = {
         "output_rms": trace.outputs,
         "state_rms": trace.states,
@@ -127,8 +127,9 @@ def _sums(model: Decoder, row: Batch) -> dict[str, Any]:
         "input_rms": trace.inputs,
     }
     sums = {key: jnp.einsum("lbtd,bt->l", jnp.square(x.astype(jnp.float32)), real) for key, x in arrays.items()}
-    if trace.weights is not None:
-        sums["weights"] = tuple(jnp.einsum("nbt,bt->n", weights, real) for weights in trace.weights)
+    for key, sites in (("weights", trace.weights), ("matrix", trace.matrix)):
+        if sites is not None:
+            sums[key] = tuple(jnp.einsum("nbt,bt->n", site, real) for site in sites)
     return sums
 
 
@@ -140,7 +141,9 @@ def _left_aligned(rows: list[np.ndarray]) -> np.ndarray:
     return aligned
 
 
-def _source_labels(sites: list[str], count: int) -> tuple[str, ...]:
-    # As many sources as sublayers, and the embedding: every output is a source of its own.
+def _source_labels(rule: str, sites: list[str], count: int) -> tuple[str, ...]:
+    # As many sources as sublayers, and the first: every output is a source of its own.
     outputs = sites if count == len(sites) + 1 else [f"block {block}" for block in range(1, count)]
-    return ("embedding", *outputs)
+    if rule == "muddformer":  # which reads states
+        outputs = [f"after {site}" for site in sites]
+    return ("null" if rule in ("delta", "delta_block") else "embedding", *outputs)

@@ -1,13 +1,15 @@
 """Pictures of runs: matplotlib figures drawn without pyplot, so that they need neither a display nor a global state."""
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import PowerNorm
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import FuncNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -17,6 +19,14 @@ from attnres_jax.analysis.runs import Run
 # Grey for the first arm, then Okabe and Ito's colours, which colour-blind readers tell apart; dashes differ as well.
 COLOURS = ("#4d4d4d", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 DASHES = ("-", "--", "-.", ":")
+# Dark red below zero, pale yellow at zero, dark blue above: what is positive looks alike beside what has both signs.
+_SIGNED = ListedColormap(
+    np.concatenate(
+        [matplotlib.colormaps[name](np.linspace(0, 1, 256))[::step] for name, step in (("YlOrRd", -1), ("YlGnBu", 1))]
+    )
+)
+MIXING_SCALE, MIXING_UNIT = 4.0, "weight / row mean (root scale)"
+"""Of pictures of mixing matrices (`Mixing.relative`), the same in all: what is larger shares the darkest colour."""
 INK, FAINT, BLANK = "#24292f", "#d0d7de", "#f3f4f6"
 _STYLE = {
     "font.size": 9,
@@ -128,32 +138,25 @@ def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
 
 
 def depth_heatmap(
-    weights: np.ndarray, site_labels: Sequence[str], source_labels: Sequence[str], *, largest: float = 1.0
+    weights: np.ndarray,
+    site_labels: Sequence[str],
+    source_labels: Sequence[str],
+    *,
+    largest: float = 1.0,
+    unit: str = "weight (square-root scale)",
 ) -> Figure:
-    """Depth weights: a row a site from the first sublayer down to the readout, a column a source, NaN left blank.
+    """Depth weights or a mixing matrix: a row a site from the first sublayer down to the readout, a column a source.
 
     Args:
-      weights: [sites, sources], rows summing to one.
+      weights: [sites, sources], of either sign; NaN is left blank.
       site_labels: of the rows.
       source_labels: of the columns.
-      largest: the weight at the dark end of the scale; give all pictures that are compared the same.
+      largest: the size at the dark ends of the scale; give all pictures that are compared the same.
+      unit: what the colours stand for.
     """
     sites, sources = weights.shape
-    numbered = sources <= 10 and sites <= 34
     with _axes((4.6, min(8.0, 1.4 + 0.18 * sites))) as (figure, axes):
-        axes.grid(False)
-        axes.set_facecolor(BLANK)
-        scale = PowerNorm(0.5, 0.0, largest)
-        mesh = axes.pcolormesh(
-            np.ma.masked_invalid(weights), cmap="YlGnBu", norm=scale, edgecolors="white", linewidth=0.5
-        )
-        if numbered:
-            for row, column in np.argwhere(np.isfinite(weights)):
-                value = weights[row, column]
-                colour = "white" if scale(value) > 0.65 else INK
-                place = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": colour}
-                axes.text(column + 0.5, row + 0.5, f"{value:.2f}".removeprefix("0"), **place)
-        axes.invert_yaxis()
+        mesh = _cells(axes, weights, largest, numbered=sources <= 10 and sites <= 34)
         axes.xaxis.tick_top()
         axes.xaxis.set_label_position("top")
         axes.set_xlabel("source (what is read)")
@@ -163,17 +166,75 @@ def depth_heatmap(
             shown = [index for index in range(len(labels)) if index % every == 0 or index == len(labels) - 1]
             axis.set_ticks([index + 0.5 for index in shown], [labels[index] for index in shown], fontsize=8)
         axes.tick_params(axis="x", rotation=90 if sources > 6 else 0)
-        axes.tick_params(length=0)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
-        ticks = [tick for tick in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1.0) if tick <= largest]
-        bar = figure.colorbar(
-            mesh, ax=axes, ticks=ticks, aspect=30, pad=0.02, extend="max" if largest < 1 else "neither"
-        )
-        bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
-        bar.set_label("weight (square-root scale)")
-        bar.outline.set_visible(False)
+        _colour_bar(figure, mesh, weights, unit)
     return figure
+
+
+def mixing_panels(matrices: Mapping[str, np.ndarray], *, columns: int = 5) -> Figure:
+    """Mixing matrices side by side, sites downwards and sources to the right.
+
+    Args:
+      matrices: by title, [sites, sources] as `Mixing.relative` holds them.
+      columns: panels in a row.
+    """
+    rows = -(-len(matrices) // columns)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(1.75 * columns + 0.8, 1.95 * rows))
+        panels = figure.subplots(rows, columns, squeeze=False)
+        for axes in panels.flat:
+            axes.set_axis_off()
+        for axes, (title, matrix) in zip(panels.flat, matrices.items(), strict=False):
+            axes.set_axis_on()
+            axes.set_aspect("equal")
+            axes.set_title(title, fontsize=9)
+            mesh = _cells(axes, matrix, MIXING_SCALE)
+            axes.set_xticks([])
+            axes.set_yticks([])
+        together = np.concatenate([np.ravel(matrix) for matrix in matrices.values()])
+        _colour_bar(figure, mesh, together, MIXING_UNIT)
+    return figure
+
+
+def _cells(axes: Axes, values: np.ndarray, largest: float, *, numbered: bool = False) -> QuadMesh:
+    """A cell a value, row 0 on top, NaN left blank, with its number in it if `numbered`."""
+    axes.grid(False)
+    axes.set_facecolor(BLANK)
+    scale = FuncNorm((_signed_root, _signed_square), -largest, largest)
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values), cmap=_SIGNED, norm=scale, edgecolors="white", linewidth=0.5)
+    for row, column in np.argwhere(np.isfinite(values)) if numbered else ():
+        value = values[row, column]
+        colour = "white" if abs(value) > 0.42 * largest else INK
+        place = {"ha": "center", "va": "center_baseline", "fontsize": 7.5, "color": colour}
+        axes.text(column + 0.5, row + 0.5, re.sub(r"^(-?)0\.", r"\1.", f"{value:.2f}"), **place)
+    axes.invert_yaxis()
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    return mesh
+
+
+def _colour_bar(figure: Figure, mesh: QuadMesh, values: np.ndarray, label: str) -> None:
+    """The part of the scale that is in use: below zero only where a value is; an arrow where one is beyond an end."""
+    largest, known = mesh.norm.vmax, values[np.isfinite(values)]
+    lowest = max(-largest, float(known.min(initial=0.0)))
+    known_sizes = (0.01, 0.05, 0.1, 0.2, 0.4, 0.7, 1) if largest <= 1 else (0.05, 0.2, 0.4, 0.7, 1, 2, 4)
+    sizes = [size for size in known_sizes if size <= largest]
+    ticks = [*(-size for size in reversed(sizes) if -size >= lowest), 0, *sizes]
+    beyond = {(False, False): "neither", (False, True): "max", (True, False): "min", (True, True): "both"}
+    extend = beyond[bool((known < -largest).any()), bool((known > largest).any())]
+    bar = figure.colorbar(mesh, ax=figure.axes, ticks=ticks, aspect=30, pad=0.02, extend=extend)
+    bar.ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], fontsize=8)
+    bar.ax.set_ylim(lowest, largest)
+    bar.set_label(label)
+    bar.outline.set_visible(False)
+
+
+def _signed_root(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.sqrt(np.abs(values))
+
+
+def _signed_square(values: np.ndarray) -> np.ndarray:
+    return np.sign(values) * np.square(values)
 
 
 @contextmanager
@@ -186,7 +247,10 @@ def _axes(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
 def _legend(figure: Figure) -> None:
     """Above the axes, where it hides nothing."""
     labels = [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
-    figure.legend(loc="outside upper left", ncols=len(labels) if sum(map(len, labels)) <= 40 else 1)
+    columns = len(labels) if sum(map(len, labels)) <= 40 else max(1, 50 // (8 + max(map(len, labels))))
+    figure.legend(loc="outside upper left", ncols=columns)
+    # The axes keep their height, however many lines there are.
+    figure.set_figheight(_SIZE[1] + 0.18 * max(0, -(-len(labels) // columns) - 3))
 
 
 def _looks(arms: Sequence[Arm]) -> Iterator[tuple[Arm, dict[str, str]]]:

@@ -14,7 +14,8 @@ import numpy as np
 
 from attnres_jax.analysis import plots
 from attnres_jax.analysis.arms import Arm
-from attnres_jax.analysis.comparison import Comparison, listed, told_differences
+from attnres_jax.analysis.comparison import Comparison, Metric, listed, told_differences
+from attnres_jax.analysis.mixing import MEASURES, Mixing, depth_mixing
 from attnres_jax.analysis.page import page, paragraphs, picture, table
 from attnres_jax.analysis.runs import Run, RunError
 
@@ -61,6 +62,7 @@ def report(comparison: Comparison) -> str:
     parts += ["<h2>Loss</h2>", _grid(_loss_pictures(arms))]
     parts += ["<h2>Magnitudes by depth</h2>", _grid(_magnitude_pictures(arms)) or _not_inspected(arms)]
     parts += ["<h2>What the sites read</h2>", *_depth_weights(arms)]
+    parts += ["<h2>The depth-mixing matrix</h2>", *_mixing(arms)]
     parts += ["<h2>The runs</h2>", _run_table(comparison.runs)]
     return page(title, "\n".join(parts))
 
@@ -202,33 +204,102 @@ def _magnitude_pictures(arms: Sequence[Arm]) -> list[str]:
 
 def _depth_weights(arms: Sequence[Arm]) -> list[str]:
     maps = _inspected(arms, "depth_weights", lambda arrays: np.mean(arrays, axis=0))
+    without = [arm.label for arm in arms if arm.label not in maps and any(run.inspection for run in arm.runs)]
     if not maps:
-        plain = all(arm.runs[0].config.model.depth.rule == "residual" for arm in arms)
-        return ["<p>No arm has depth weights: a residual stream is a plain sum.</p>" if plain else _not_inspected(arms)]
+        plain = len(without) == len(arms)
+        return ["<p>No arm has depth weights: a stream has none.</p>" if plain else _not_inspected(arms)]
     # Where there is one source only its weight is 1 by necessity: the scale ends at the largest that was learned.
-    largest = max(np.nanmax(weights[1:]) for weights in maps.values())
+    largest = max(np.nanmax(np.abs(weights[1:])) for weights in maps.values())
     pictures = []
     for arm in arms:
         if arm.label not in maps:
             continue
-        weights, labels = maps[arm.label], next(run.inspection for run in arm.runs if "depth_weights" in run.inspection)
-        sites, sources = [str(x) for x in labels["site_labels"]], [str(x) for x in labels["source_labels"]]
-        read = [
-            f"{site} reads most from {sources[np.nanargmax(row)]}" for site, row in zip(sites, weights, strict=True)
-        ]
+        weights = maps[arm.label]
+        sites, sources = _labels(arm, "site_labels"), _labels(arm, "source_labels")
+        read = [f"{site} reads most from {sources[_largest(row)]}" for site, row in zip(sites, weights, strict=True)]
         figure = plots.depth_heatmap(weights, sites, sources, largest=float(largest))
         alt = f"Heat map of the depth weights of {arm.label}, sites by sources. {'; '.join(read)}."
         caption = (
-            "A row is a site and shows how it divides itself over what was there to read, as a mean over held-out "
-            "tokens: a row sums to one, and grey cells did not exist yet. Before training every row is even; "
+            "A row is a site and shows its weight for each source that was there to read, as a mean over held-out "
+            "tokens; grey cells did not exist yet. A row of softmax weights sums to one and is even before training: "
             "a darker cell is a source that the site learned to favour."
         )
+        caption += " Yellow to red is below zero." if np.nanmin(weights) < 0 else ""
         pictures.append(picture(figure, arm.label, alt, caption))
-    note = "One colour scale for all arms. The first site has the embedding alone to read, with a weight of 1."
-    missing = [arm.label for arm in arms if arm.label not in maps and arm.runs[0].config.model.depth.rule == "residual"]
-    if missing:
-        note += f" {listed(missing)} has no map: a residual stream is a plain sum."
+    note = "One colour scale for all arms. The first site has one source alone to read."
+    if without:
+        note += f" {listed(without)} {_have(without)} no map: a stream has no depth weights."
     return [f"<p>{html.escape(note)}</p>", _grid(pictures)]
+
+
+def _mixing(arms: Sequence[Arm]) -> list[str]:
+    matrices = _inspected(arms, "mixing_matrix", lambda arrays: np.mean(arrays, axis=0))
+    if not matrices:
+        return [_not_inspected(arms, "with this matrix")]
+    shown = [arm for arm in arms if arm.label in matrices]
+    pictures = [_mixing_picture(arm, depth_mixing(matrices[arm.label])) for arm in shown]
+    # Of each run, not of the mean over its seeds: matrices that differ would look more even than any of them is.
+    measured = {
+        run: depth_mixing(run.inspection["mixing_matrix"]).summary()
+        for arm in shown
+        for run in arm.runs
+        if "mixing_matrix" in run.inspection
+    }
+    rows = []
+    for key, label in MEASURES.items():
+        metric = Metric(label, lambda run, key=key: measured[run][key] if run in measured else math.nan, 3)
+        rows.append([label, *(metric.show(arm) for arm in shown)])
+    how_to_read = (
+        "What every site effectively reads of the embedding and of each sublayer's output, through streams, blocks and "
+        "weights alike, as a mean over held-out tokens: the form in which all depth rules compare. A site reads behind "
+        "a norm, which takes away the scale of its row, so each row is drawn over the mean size of its weights: 1 is "
+        "an even share, and the residual baseline is 1 throughout."
+    )
+    measures = (
+        "The table has means over all sites but the first, which reads the embedding alone; a share is a weight's size "
+        "over the sum of its row. Entropy over the logarithm of the number of sources is 1 where all count alike. The "
+        "effective rank is exp of the entropy of the matrix's singular values. The separable rank is the largest "
+        "effective rank of what crosses one depth of the stack: 1 where a single stream could carry it all, as for "
+        "the residual baseline."
+    )
+    without = [arm.label for arm in arms if arm not in shown]
+    if without:
+        how_to_read += (
+            f" {listed(without)} {_have(without)} none yet: attnres_jax.analysis.inspect_run(workdir) adds it."
+        )
+    header = ["", *(html.escape(arm.label) for arm in shown)]
+    return [paragraphs([how_to_read]), _grid(pictures), paragraphs([measures]), table(header, rows)]
+
+
+def _mixing_picture(arm: Arm, mixing: Mixing) -> str:
+    sites, outputs = _labels(arm, "site_labels"), _labels(arm, "output_labels")
+    figure = plots.depth_heatmap(mixing.relative, sites, outputs, largest=plots.MIXING_SCALE, unit=plots.MIXING_UNIT)
+    site, output = np.unravel_index(_largest(mixing.relative), mixing.relative.shape)
+    largest, embedding = mixing.relative[site, output], mixing.embedding_share
+    alt = (
+        f"Heat map of the depth-mixing matrix of {arm.label}, sites by embedding and outputs. The largest "
+        f"weight, {largest:.1f} times an even share, is that of {outputs[output]} at {sites[site]}. "
+        f"The embedding's share is {embedding[1]:.2f} at {sites[1]} and {embedding[-1]:.2f} at the readout."
+    )
+    caption = (
+        "A row is a site, a column the embedding or the output of a sublayer; grey cells did not exist yet. Darker "
+        "blue is read more than evenly, greener less, and yellow to red with a negative sign. A weight is no "
+        "contribution: an output that is large counts for more than its weight, one that says what others say for less."
+    )
+    return picture(figure, arm.label, alt, caption)
+
+
+def _labels(arm: Arm, key: str) -> list[str]:
+    return [str(label) for label in next(run.inspection[key] for run in arm.runs if key in run.inspection)]
+
+
+def _largest(values: np.ndarray) -> int:
+    """Where the largest size is, among numbers."""
+    return int(np.argmax(np.nan_to_num(np.abs(values))))
+
+
+def _have(names: Sequence[str]) -> str:
+    return "has" if len(names) == 1 else "have"
 
 
 def _inspected(arms: Sequence[Arm], key: str, mean: Callable[[np.ndarray], np.ndarray]) -> dict[str, np.ndarray]:
@@ -237,10 +308,10 @@ def _inspected(arms: Sequence[Arm], key: str, mean: Callable[[np.ndarray], np.nd
     return {label: mean(np.stack(arrays)) for label, arrays in found.items() if arrays}
 
 
-def _not_inspected(arms: Sequence[Arm]) -> str:
+def _not_inspected(arms: Sequence[Arm], what: str = "yet") -> str:
     workdir = arms[0].runs[0].workdir
     call = f"attnres_jax.analysis.inspect_run({str(workdir)!r})"
-    told = f"No run holds an inspection.npz yet: training writes it at its end, or {call} does."
+    told = f"No run holds an inspection.npz {what}: training writes it at its end, or {call} does."
     return f"<p>{html.escape(told)}</p>"
 
 

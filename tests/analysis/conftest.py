@@ -50,7 +50,11 @@ def inspection(rule, sublayers=4):
     sites = [*(f"{kind} {layer}" for layer in (1, 2) for kind in ("attention", "MLP")), "readout"]
     arrays = {key: np.linspace(1, 2, sublayers) for key in ("output_rms", "state_rms", "gradient_rms")}
     arrays |= {"input_rms": np.linspace(1, 2, sublayers + 1), "site_labels": np.array(sites)}
-    if rule != "residual":
+    matrix = np.where(np.tri(sublayers + 1), 1.0, np.nan)
+    if rule == "denseformer":
+        matrix[2, 1] = -0.5
+    arrays |= {"mixing_matrix": matrix, "output_labels": np.array(["embedding", *sites[:-1]])}
+    if rule not in ("residual", "mhc"):
         weights = np.array(
             [[1, np.nan, np.nan], [0.6, 0.4, np.nan], [0.3, 0.7, np.nan], [0.2, 0.3, 0.5], [0.1, 0.3, 0.6]]
         )

@@ -50,7 +50,7 @@ def test_demo_stops_resumes_compares_and_says_what_is_done(small, tmp_path):
         "[3/3] full: training",
     ]
     assert "tiny_full is " in printed and f"report: {workdir}/report.html" in printed
-    assert (workdir / "report.html").read_text().count("<img ") == 9
+    assert (workdir / "report.html").read_text().count("<img ") == 12
 
     demo = start(workdir, overrides)
     again, errors = demo.communicate(timeout=120)

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from attnres_jax.analysis import depth_heatmap, layer_profile, loss_curves, loss_differences, read_run
+from attnres_jax.analysis import (
+    depth_heatmap,
+    depth_mixing,
+    layer_profile,
+    loss_curves,
+    loss_differences,
+    mixing_panels,
+    read_run,
+)
 from attnres_jax.analysis.arms import group
 
 
@@ -74,3 +82,34 @@ def test_heatmap_draws_what_there_is_on_the_scale_that_is_given():
     assert [text.get_text() for text in axes.texts] == ["1.00", ".25", ".75"]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["attention 1", "readout"]
     assert [tick.get_text() for tick in axes.get_xticklabels()] == ["embedding", "block 1"]
+
+
+def test_negative_weights_have_colours_of_their_own_and_change_none_of_the_others():
+    signed = depth_heatmap(np.array([[0.5, np.nan], [-0.5, 1.0]]), ["a", "b"], ["x", "y"])
+    plain = depth_heatmap(np.array([[0.5, np.nan], [0.0, 1.0]]), ["a", "b"], ["x", "y"])
+    colours = [figure.axes[0].collections[0].to_rgba(0.5) for figure in (signed, plain)]
+    np.testing.assert_array_equal(*colours)
+    red, _, blue, _ = signed.axes[0].collections[0].to_rgba(-0.5)
+    assert red > blue and colours[0][0] < colours[0][2]
+    assert [text.get_text() for text in signed.axes[0].texts] == [".50", "-.50", "1.00"]
+    # The colour bar ends where the values do.
+    assert signed.axes[1].get_ylim() == (-0.5, 1) and plain.axes[1].get_ylim() == (0, 1)
+
+
+def test_panels_draw_every_matrix_on_one_scale():
+    rng = np.random.default_rng(0)
+    matrices = {
+        "residual": np.tri(3),
+        "softmax": np.array([[1, 0, 0], [0.9, 0.1, 0], [0.2, 0.2, 0.6]]),
+        "signed": rng.normal(size=(4, 4)),
+    }
+    relative = {name: depth_mixing(matrix).relative for name, matrix in matrices.items()}
+    figure = mixing_panels(relative, columns=2)
+    panels = [axes for axes in figure.axes if axes.collections and axes.get_title(loc="left")]
+    assert [axes.get_title(loc="left") for axes in panels] == list(matrices)
+    for axes, matrix in zip(panels, relative.values(), strict=True):
+        (mesh,) = axes.collections
+        np.testing.assert_array_equal(np.ma.filled(mesh.get_array(), np.nan), matrix)
+        assert (mesh.norm.vmin, mesh.norm.vmax) == (-4, 4)
+    bar = figure.axes[-1]
+    assert bar.get_ylim() == (pytest.approx(np.nanmin(relative["signed"])), 4)

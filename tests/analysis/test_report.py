@@ -24,6 +24,12 @@ class Page(HTMLParser):
         self.text += data
 
 
+def heat_maps(page, what):
+    """The images of one kind, in order."""
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    return [image for image in images if f"Heat map of the {what} of" in image["alt"]]
+
+
 @pytest.fixture
 def write(tmp_path):
     def write(*workdirs):
@@ -35,7 +41,8 @@ def write(tmp_path):
 def test_report_is_one_file_of_whole_pictures_with_words_for_each(write, make_run):
     page = write(make_run("a"), make_run("b", "block"), make_run("c", "full"))
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 5 + 2 + 2  # losses, magnitudes, maps of the two arms that have depth weights
+    # Losses, magnitudes, maps of the two arms that have depth weights, mixing matrices of all.
+    assert len(images) == 5 + 2 + 2 + 3
     for image in images:
         kind, data = image["src"].split(",", 1)
         assert kind == "data:image/svg+xml;base64"
@@ -53,7 +60,7 @@ def test_report_tells_hardware_versions_date_and_table(write, make_run):
         assert said in page.text, said
     for judgement in compare(workdirs).judgements:
         assert judgement.sentence in page.text
-    assert "2.9000" in page.text and "tiny_residual has no map: a residual stream is a plain sum." in page.text
+    assert "2.9000" in page.text and "tiny_residual has no map: a stream has no depth weights." in page.text
 
 
 @pytest.mark.parametrize(
@@ -101,11 +108,51 @@ def test_maps_share_one_scale_and_average_the_seeds(write, make_run):
         np.savez(
             run / "inspection.npz", **arrays | {"depth_weights": np.concatenate([weights, weights[1:].repeat(3, 0)])}
         )
-    maps = [attributes for tag, attributes in write(*runs).tags if tag == "img" and "Heat map" in attributes["alt"]]
+    maps = heat_maps(write(*runs), "depth weights")
     block, full = (base64.b64decode(image["src"].split(",", 1)[1]).decode() for image in maps)
     assert ">.60<" in block  # MLP 1 reads block 1 with 0.4 and 0.8
     assert ">0.7<" in block and ">0.7<" in full  # on the colour bar: the largest mean weight is block's 0.75
     assert "MLP 1 reads most from block 1" in maps[0]["alt"]
+
+
+def test_matrices_of_all_kinds_of_rules_are_drawn_and_measured(write, make_run):
+    page = write(make_run("a"), make_run("b", "mhc"), make_run("c", "denseformer"))
+    images = heat_maps(page, "depth-mixing matrix")
+    residual, _, signed = (base64.b64decode(image["src"].split(",", 1)[1]).decode() for image in images)
+    assert ">1.00<" in residual and ">-.60<" in signed  # -0.5 of 2.5 in a row of three
+    assert "The largest weight, 1.2 times an even share, is that of embedding at attention 2." in images[2]["alt"]
+    assert "The embedding's share is 0.50 at MLP 1 and 0.20 at the readout." in images[0]["alt"]
+    assert "tiny_residual and tiny_mhc have no map: a stream has no depth weights." in page.text
+    rows = [line for line in page.text.splitlines() if line.startswith("separable rank")]
+    assert rows[0].startswith("separable rank1.0001.0001.")
+
+
+def test_measures_are_of_each_seed_and_matrices_of_their_mean(write, make_run):
+    runs = [make_run("a", "block"), make_run("b", "block", seed=1)]
+    for run, row in ((runs[0], [1.0, 0.0]), (runs[1], [0.0, 1.0])):
+        arrays = dict(np.load(run / "inspection.npz"))
+        matrix = arrays["mixing_matrix"]
+        matrix[1, :2] = row
+        np.savez(run / "inspection.npz", **arrays)
+    page = write(*runs)
+    (image,) = heat_maps(page, "depth-mixing matrix")
+    drawn = base64.b64decode(image["src"].split(",", 1)[1]).decode()
+    assert ">2.00<" not in drawn and drawn.count(">1.00<") == 15
+    # MLP 1 reads one source alone in either seed: (1 + 1/3 + 1/4 + 1/5) / 4.
+    assert "sharpness (largest share)0.446" in page.text
+    assert "embedding share0.321 ± 0.177" in page.text
+
+
+def test_inspections_without_a_matrix_are_read_and_said_to_lack_it(write, make_run):
+    runs = [make_run("a", "block"), make_run("b")]
+    arrays = dict(np.load(runs[0] / "inspection.npz"))
+    kept = {key: value for key, value in arrays.items() if key not in ("mixing_matrix", "output_labels")}
+    np.savez(runs[0] / "inspection.npz", **kept)
+    page = write(*runs)
+    assert "tiny_block has none yet: attnres_jax.analysis.inspect_run(workdir) adds it." in page.text
+    assert len(heat_maps(page, "depth-mixing matrix")) == 1 and len(heat_maps(page, "depth weights")) == 1
+    alone = write(runs[0])
+    assert "No run holds an inspection.npz with this matrix: training writes it at its end, or" in alone.text
 
 
 def test_names_are_escaped(write, make_run):
