@@ -6,8 +6,10 @@ from attnres_jax.layers.embedding import Embedding
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.mla import MLA, MLACache
 from attnres_jax.layers.mlp import GatedMLP, SwiGLU
+from attnres_jax.layers.moe import MoE
 from attnres_jax.layers.norm import RMSNorm
 from attnres_jax.layers.rotary import Llama3Scaling, YarnScaling
+from attnres_jax.layers.router import RouterReport, update_bias
 
 __all__ = [
     "MLA",
@@ -18,8 +20,11 @@ __all__ = [
     "Linear",
     "Llama3Scaling",
     "MLACache",
+    "MoE",
     "RMSNorm",
+    "RouterReport",
     "SwiGLU",
     "YarnScaling",
     "make_context",
+    "update_bias",
 ]
