@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnres_jax.layers import GroupedQueryAttention, RMSNorm, SwiGLU, make_context
+from attnres_jax.layers import GroupedQueryAttention, Llama3Scaling, RMSNorm, SwiGLU, YarnScaling, make_context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.rotary import rotary_tables, rotate
 
@@ -89,6 +89,69 @@ def test_rotation_is_by_relative_position():
     for shift in range(1, 5):
         diagonal = jnp.diagonal(products, shift)
         np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-5)
+
+
+def llama3_by_hand(head_dim, theta, scaling):
+    """By wavelengths, a frequency at a time."""
+    longest = scaling.original_length / scaling.low_frequency_factor
+    shortest = scaling.original_length / scaling.high_frequency_factor
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < shortest:
+            yield frequency
+        elif wavelength > longest:
+            yield frequency / scaling.factor
+        else:
+            smooth = scaling.original_length / wavelength - scaling.low_frequency_factor
+            smooth /= scaling.high_frequency_factor - scaling.low_frequency_factor
+            yield (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def yarn_by_hand(head_dim, theta, scaling):
+    """The index at which a frequency turns so many times within the original length, and a ramp between two of them."""
+    indices = [
+        np.log(scaling.original_length / (2 * np.pi * turns)) / np.log(theta) * head_dim / 2
+        for turns in (scaling.beta_fast, scaling.beta_slow)
+    ]
+    low, high = np.floor(indices[0]), np.ceil(indices[1])
+    for i in range(head_dim // 2):
+        frequency = theta ** (-2 * i / head_dim)
+        slow = min(max((i - low) / (high - low), 0), 1)
+        yield frequency / scaling.factor * slow + frequency * (1 - slow)
+
+
+@pytest.mark.parametrize(
+    "scaling, by_hand, theta, amplitude",
+    [
+        (Llama3Scaling(), llama3_by_hand, 500000.0, 1.0),
+        (Llama3Scaling(32.0, 1.0, 4.0, 8192), llama3_by_hand, 500000.0, 1.0),
+        (YarnScaling(40.0, mscale=1.0, mscale_all_dim=1.0), yarn_by_hand, 10000.0, 1.0),
+        (YarnScaling(4.0, 32768), yarn_by_hand, 1000000.0, 0.1 * np.log(4) + 1),
+    ],
+)
+def test_scaled_frequencies(scaling, by_hand, theta, amplitude):
+    cos, sin = rotary_tables(jnp.array([[0, 1]]), 128, theta, scaling)
+    frequencies = np.fromiter(by_hand(128, theta, scaling), float)
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 1, 0], frequencies, rtol=1e-5)
+    np.testing.assert_allclose(np.hypot(sin, cos), amplitude, rtol=1e-6)
+    kept, divided = theta ** (-2 * np.array([0, 63]) / 128) / frequencies[[0, -1]]
+    np.testing.assert_allclose((kept, divided), (1, scaling.factor), rtol=1e-5)
+
+
+def test_softmax_multiplier_of_yarn():
+    assert YarnScaling(40.0, mscale=1.0, mscale_all_dim=1.0).softmax_multiplier == (0.1 * np.log(40) + 1) ** 2
+    assert YarnScaling(40.0).softmax_multiplier == YarnScaling(1.0, mscale_all_dim=1.0).softmax_multiplier == 1
+
+
+def test_interleaved_pairs_give_the_products_of_turned_neighbours():
+    x, y = np.random.default_rng(0).normal(size=(2, 1, 5, 1, 8))
+    tables = rotary_tables(jnp.arange(5)[None], 8, 100.0)
+    left, right = (rotate(jnp.asarray(v, jnp.float32), *tables, interleaved=True) for v in (x, y))
+    angles = np.arange(5)[:, None] * 100.0 ** (-np.arange(4) / 4)
+    z, w = ((v[0, :, 0, 0::2] + 1j * v[0, :, 0, 1::2]) * np.exp(1j * angles) for v in (x, y))
+    expected = np.real(z @ w.conj().T)
+    np.testing.assert_allclose(jnp.einsum("bthk,bshk->ts", left, right), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_mlp_and_norm():
