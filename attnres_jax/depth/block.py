@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, normalise, wide
+from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
-from attnres_jax.depth.scan import Place, Sublayer
+from attnres_jax.depth.scan import Place, Sublayer, kept_in_bank
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 
@@ -83,7 +83,7 @@ class Block:
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Array]):
         """What the block's site `i` reads: its share of the bank, and its own block's sources so far."""
         if not own:
-            return normalise(view[i])
+            return view[i].numerator
         return self.merged(sites, view[i], own, self.own_logits(sites, place, i, own), place.site + i)
 
     def own_logits(self, sites: Sites, place: Place, i: int, own: Sequence[Array]) -> Float[Array, "K *batch"]:
@@ -97,10 +97,15 @@ class Block:
         return merge(state, tuple(own), logits)
 
     def weigh(self, sites: Sites, logits: Float[Array, "N S *batch"], site, num_valid, own: Sequence[int]):
-        """(weights, maximum, denominator) of the bank at sites that have each `own` newer sources in their block."""
+        """(weights, maximum, denominator) of the bank at sites that have each `own` newer sources in their block.
+
+        Where there are none, the softmax is over the bank alone and finished here: its weights sum to one.
+        """
         slots = jnp.arange(len(logits))[:, None]
         logits = self.adjust(sites, logits, num_valid - 1 - slots + np.array(own), slots[:, 0] == 0, site)
-        return to_weights(logits, num_valid, self.options)
+        weights, maximum, denominator = to_weights(logits, num_valid, self.options)
+        alone = np.array(own).reshape(-1, *[1] * (denominator.ndim - 1)) == 0
+        return weights / jnp.where(alone, denominator, 1), maximum, jnp.where(alone, 1, denominator)
 
     def adjust(self, sites: Sites, logits: Float[Array, "K S *batch"], ages, is_embedding, site):
         """The options that act on a logit by the place of its source; S sites from `site` on."""
@@ -120,8 +125,8 @@ class Block:
     def readout(self, sites: Sites, stream: None, bank: Bank) -> Float[Array, "*batch D"]:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
         num_valid = len(bank.values)
-        weights, _, denominator = self.weigh(sites, bank.logits[:, -1:], bank.logits.shape[1] - 1, num_valid, [0])
-        return self.join(mix(bank.values, weights / denominator, num_valid)[0].astype(bank.values.dtype))
+        weights, *_ = self.weigh(sites, bank.logits[:, -1:], bank.logits.shape[1] - 1, num_valid, [0])
+        return self.join(mix(bank.values, weights, num_valid)[0].astype(bank.values.dtype))
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
@@ -141,6 +146,7 @@ class Block:
 
     def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
         """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
+        source = kept_in_bank(source)
         return Bank(source, self.logits(sites, source, index))
 
     def logits(self, sites: Sites, source: Array, index: int | Int[Array, ""], site: Int[Array, ""] | None = None):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jaxtyping import Array, Float
 
 from attnres_jax.depth.delta import Delta
-from attnres_jax.depth.operator import State, normalise
+from attnres_jax.depth.operator import State
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.scan import Place, Sublayer
 from attnres_jax.depth.sites import Sites
@@ -33,7 +33,7 @@ class DeltaBlock(Delta):
         """Each site reads the stream and its share of the bank; the sum of the outputs joins the bank."""
         total = None
         for state, sublayer in zip(view, sublayers, strict=True):
-            y = sublayer((stream + normalise(state)).astype(stream.dtype))
+            y = sublayer((stream + state.numerator).astype(stream.dtype))
             stream, total = stream + y, y if total is None else total + y
         return stream, (self.slot(sites, total, place.num_valid),)
 

@@ -48,7 +48,7 @@ class InputQuery(WholeBank, Block):
         )
         state = State(mix(view, weights, place.num_valid), maximum, denominator).site(0)
         if not own:
-            return (state.numerator / state.denominator[..., None]).astype(view.dtype)
+            return state.numerator.astype(view.dtype)
         logits = self.token_logits(sites, query, jnp.stack(own), site)[:, 0]
         return self.merged(sites, state, own, logits, site)
 

@@ -15,12 +15,16 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
+_BANK_POLICY = jax.checkpoint_policies.save_only_these_names("bank")
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _BANK_POLICY
+    ),
+    "full": _BANK_POLICY,
 }
 
 Sublayer = Callable[[Float[Array, "*batch D"]], Float[Array, "*batch D"]]
@@ -180,6 +184,11 @@ def depth_scan(
     bank_in = bank
     run.defvjp(run_forward, run_backward)
     return run(stacks, sites, stream, bank, context)
+
+
+def kept_in_bank(source: Array) -> Array:
+    """Marks what a block appends as it is: its backward pass reads it from the bank and does not compute it again."""
+    return checkpoint_name(source, "bank")
 
 
 def _block(rule, kinds, call, place, context, remat):

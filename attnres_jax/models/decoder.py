@@ -49,7 +49,10 @@ class Decoder(nnx.Module):
           ValueError: if the row is longer than the model's.
         """
         rule, context = self.rule(), self.context(tokens, segment_ids, positions)
-        stream, bank = rule.begin(self.sites, self.embedding(tokens))
+        begin = lambda sites, embedding: rule.begin(sites, embedding(tokens))  # noqa: E731
+        if self.config.remat == "full":  # the bank holds the embeddings already: looked up again, not kept twice
+            begin = jax.checkpoint(begin)
+        stream, bank = begin(self.sites, self.embedding)
         stream, bank, _ = depth_scan(
             rule,
             cut(self.plan(), rule.block_size),
