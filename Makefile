@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 export MPLBACKEND = Agg
 
-.PHONY: demo test test-slow lint format smoke setup clean
+.PHONY: demo test test-slow test-parity lint format smoke setup clean
 
 ## Set up, train three arms of one small model, compare them, write runs/demo/report.html. Run again to resume.
 demo: $(VENV)/.core
@@ -12,11 +12,15 @@ demo: $(VENV)/.core
 
 ## Set up, lint, check import contracts, run all tests but the slow ones.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
 
 ## The tests that take minutes each.
 test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow
+
+## Against the transformers library itself (installs torch, for CPU, into the same environment).
+test-parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -m parity
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -53,4 +57,8 @@ $(VENV)/.core: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 "transformers==5.23.*"
 	touch $@

@@ -1,6 +1,7 @@
 """Evaluates a trained run on its held-out text.
 
 python eval.py --workdir=runs/a [--step=200]
+python eval.py --workdir=runs/a --pretrained=DIRECTORY   (an exported model in the place of the checkpoint)
 """
 
 from pathlib import Path
@@ -11,10 +12,12 @@ from attnres_jax.cli import launch
 from attnres_jax.config import read_config
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation import evaluate
+from attnres_jax.interop import load_pretrained
 from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
+PRETRAINED = flags.DEFINE_string("pretrained", None, "A checkpoint directory to evaluate on the run's text instead.")
 flags.mark_flag_as_required("workdir")
 
 
@@ -24,14 +27,23 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         raise flags.Error(f"{(arguments + overrides)[0]!r} is not understood; the config is that of the workdir")
     workdir = Path(WORKDIR.value)
     enable_compilation_cache(read_config(workdir / "config.json").data)
-    config, model, step = restore_model(workdir, STEP.value)
+    if PRETRAINED.value is None:
+        config, model, step = restore_model(workdir, STEP.value)
+        name = f"{workdir} at step {step}"
+    else:
+        config, model, name = read_config(workdir / "config.json"), load_pretrained(PRETRAINED.value), PRETRAINED.value
+        if model.config.vocab_size != config.model.vocab_size:
+            raise flags.Error(
+                f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
+            )
     text = load_text(config.data, config.model.vocab_size)
-    with open_checkpoints(workdir) as checkpoints:
-        checkpoints.check_text(step, text.fingerprint)
+    if PRETRAINED.value is None:
+        with open_checkpoints(workdir) as checkpoints:
+            checkpoints.check_text(step, text.fingerprint)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
     result = evaluate(model, batches, text.token_bytes, splits=config.training.accumulation)
     print(
-        f"{workdir} at step {step}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
+        f"{name}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
     )
 

@@ -26,6 +26,20 @@ class DepthConfig(Options):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScalingConfig:
+    """How rotary frequencies are changed for contexts longer than the one trained on."""
+
+    kind: str = "none"
+    """none or llama3 (Llama 3.1); the other keys are of llama3: `layers/rotary.py`."""
+    factor: float = 8.0
+    """What slow frequencies are divided by."""
+    low_frequency_factor: float = 1.0
+    high_frequency_factor: float = 4.0
+    original_length: int = 8192
+    """Tokens of the context trained on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A pre-norm decoder."""
 
@@ -41,6 +55,7 @@ class ModelConfig:
     max_length: int = 256
     """Longest sequence, in tokens."""
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig = RopeScalingConfig()
     norm_eps: float = 1e-6
     qk_norm: bool = True
     """RMS-normalise queries and keys of the attention before rotation."""
@@ -287,6 +302,13 @@ def validate_model(model: ModelConfig) -> None:
     """
     _positive("model", model, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
     _positive("model", model, "max_length", "rope_theta", "norm_eps")
+    _one_of("model.rope_scaling.kind", model.rope_scaling.kind, ("none", "llama3"))
+    _positive("model.rope_scaling", model.rope_scaling, "factor", "low_frequency_factor", "original_length")
+    if model.rope_scaling.high_frequency_factor <= model.rope_scaling.low_frequency_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_frequency_factor={model.rope_scaling.high_frequency_factor} must be above "
+            f"model.rope_scaling.low_frequency_factor={model.rope_scaling.low_frequency_factor}"
+        )
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
     _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))

@@ -29,7 +29,15 @@ class Bank(NamedTuple):
 class Block:
     """Every `block_size` sublayers are summed into one source; the last block may be short."""
 
-    OPTIONS: ClassVar[tuple[str, ...]] = ("query", "weights", "key_norm", "heads", "window", "recency_bias")
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "query",
+        "weights",
+        "key_norm",
+        "heads",
+        "window",
+        "recency_bias",
+        "sum_sources",
+    )
 
     def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
         self.block_size = block_size
@@ -75,9 +83,9 @@ class Block:
 
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2: each site merges its share of the bank with the block's partial sum, which joins the bank."""
-        partial = self.run(sublayers[0], self.mixed(sites, view, place, 0, ()))
+        partial = self.run(sublayers[0], self.mixed(sites, view, place, 0, ()), place, 0)
         for i, sublayer in enumerate(sublayers[1:], 1):
-            partial = partial + self.run(sublayer, self.mixed(sites, view, place, i, (partial,)))
+            partial = partial + self.run(sublayer, self.mixed(sites, view, place, i, (partial,)), place, i)
         return None, (self.slot(sites, partial, place.num_valid),)
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Array]):
@@ -126,7 +134,8 @@ class Block:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
         num_valid = len(bank.values)
         weights, *_ = self.weigh(sites, bank.logits[:, -1:], bank.logits.shape[1] - 1, num_valid, [0])
-        return self.join(mix(bank.values, weights, num_valid)[0].astype(bank.values.dtype))
+        mixed = mix(bank.values, weights, num_valid)[0].astype(bank.values.dtype)
+        return self.join(self.summed(mixed, num_valid))
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
@@ -164,9 +173,13 @@ class Block:
             return group_logits(source, queries, scales, self.eps)
         return depth_logits(source, queries, take(sites.key_scale), self.eps)
 
-    def run(self, sublayer: Sublayer, h: Array) -> Array:
-        """Calls a sublayer on what a site reads."""
-        return self.split(sublayer(self.join(h)))
+    def run(self, sublayer: Sublayer, mixed: Array, place: Place, i: int) -> Array:
+        """Calls a sublayer on what the block's site `i` reads."""
+        return self.split(sublayer(self.join(self.summed(mixed, place.num_valid + self.num_own(i)))))
+
+    def summed(self, mixed: Array, num_sources: int | Int[Array, ""]) -> Array:
+        """The mix itself, or times the number of its sources."""
+        return mixed * jnp.asarray(num_sources, mixed.dtype) if self.options.sum_sources else mixed
 
     def split(self, x: Array) -> Array:
         """Channels cut into groups, where there are any."""

@@ -22,7 +22,7 @@ class Full(Block):
         """Phase 2 over the outputs of the own block, which all join the bank."""
         slots: list[Bank] = []
         for i, sublayer in enumerate(sublayers):
-            y = self.run(sublayer, self.mixed(sites, view, place, i, slots))
+            y = self.run(sublayer, self.mixed(sites, view, place, i, slots), place, i)
             slots.append(self.slot(sites, y, place.num_valid + i))
         return None, tuple(slots)
 

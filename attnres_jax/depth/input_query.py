@@ -35,7 +35,7 @@ class InputQuery(WholeBank, Block):
         """One site after the other; the own sources join the bank."""
         own: list[Array] = []
         for i, sublayer in enumerate(sublayers):
-            y = self.run(sublayer, self.mixed(sites, view, place, i, own))
+            y = self.run(sublayer, self.mixed(sites, view, place, i, own), place, i)
             own = [own[0] + y] if own and self.source_size > 1 else [*own, y]
         return None, tuple(own)
 
@@ -62,6 +62,10 @@ class InputQuery(WholeBank, Block):
         scale = sites.key_scale[site][None] if self.options.key_norm else None
         return jnp.moveaxis(group_logits(sources, query[None], scale, self.eps), 0, 1)
 
+    def num_own(self, i: int) -> int:
+        """Every output of the own block so far, or their sum."""
+        return i if self.source_size == 1 else min(i, 1)
+
     def num_appended(self, num_sites: int) -> int:
         """One source a block, or every output."""
         return num_sites if self.source_size == 1 else 1
@@ -69,7 +73,9 @@ class InputQuery(WholeBank, Block):
     def readout(self, sites: Sites, stream: None, bank: Array) -> Float[Array, "*batch D"]:
         """The last site, over all sources."""
         last, count = sites.query[...].shape[0] - 1, len(bank)
-        return self.join(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()))
+        return self.join(
+            self.summed(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()), count)
+        )
 
     def flops(self, num_sublayers: int, width: int) -> int:
         """As without projection, and a D x D projection a site."""

@@ -23,6 +23,9 @@ class Options:
     """Besides the embedding a site reads its newest `window` sources; 0: all."""
     recency_bias: float = 0.0
     """Not 0: a learned scalar a site that starts here and is added to the logit of its newest source."""
+    sum_sources: bool = False
+    """Multiply what a site reads by the number of its sources. At zero queries that is the residual stream itself and
+    not the stream over the number, which the eps of the following norm tells apart."""
     streams: int = 4
     """Parallel streams of hyper-connections."""
 
@@ -47,6 +50,10 @@ def check(options: Options, known: tuple[str, ...], rule: str) -> None:
             raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
     if options.query == "none" and not options.key_norm:
         raise ValueError("key_norm=False has no effect with query='none': there are no keys; set one of the two")
+    if options.sum_sources and (options.weights == "sigmoid" or options.window):
+        raise ValueError(
+            "sum_sources=True needs weights='softmax' and window=0: weights that sum to 1 over all sources"
+        )
     if options.query == "none" and options.heads > 1:
         raise ValueError(
             f"heads={options.heads} has no effect with query='none': there are no keys to divide; set heads=1"

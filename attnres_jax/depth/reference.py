@@ -91,8 +91,10 @@ def plain_attention_residuals(
             completed, own = [*completed, _block(own, eps if normalise_outputs else None)], []
         blocks = [*completed, _block(own)] if own else completed
         h, weights = plain_site(sites, site, [embedding, *(block.value for block in blocks)], eps, options)
-        plain.inputs.append(h)
         plain.weights.append(weights)
+        if options.sum_sources:
+            h, weights = h * len(weights), weights * len(weights)
+        plain.inputs.append(h)
         plain.matrix.append(jnp.stack([weights[0], *_spread(weights[1:], blocks)]))
         if site < len(sublayers):
             own = [*own, sublayers[site](h)]

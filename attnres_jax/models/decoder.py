@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax.config import ModelConfig
 from attnres_jax.depth import depth_scan, make_rule
 from attnres_jax.layers import Context, Embedding, GroupedQueryAttention, RMSNorm, SwiGLU, make_context
+from attnres_jax.layers.rotary import Llama3Scaling
 from attnres_jax.models.plan import cut, slots_of
 
 
@@ -85,7 +86,9 @@ class Decoder(nnx.Module):
             raise ValueError(
                 f"a row of {tokens.shape[1]} tokens is longer than model.max_length={self.config.max_length}"
             )
-        return make_context(tokens, segment_ids, positions, head_dim(self.config), self.config.rope_theta)
+        config = self.config
+        scaling = rope_scaling(config)
+        return make_context(tokens, segment_ids, positions, head_dim(config), config.rope_theta, scaling)
 
 
 class Trace(NamedTuple):
@@ -138,6 +141,16 @@ def unrolled(
 def head_dim(config: ModelConfig) -> int:
     """Width of an attention head."""
     return config.head_dim or config.width // config.num_heads
+
+
+def rope_scaling(config: ModelConfig) -> Llama3Scaling | None:
+    """The change of rotary frequencies, if there is one."""
+    scaling = config.rope_scaling
+    if scaling.kind == "none":
+        return None
+    return Llama3Scaling(
+        scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_length
+    )
 
 
 def _gqa(config: ModelConfig, rngs: nnx.Rngs) -> GroupedQueryAttention:

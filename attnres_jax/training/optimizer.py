@@ -7,7 +7,8 @@ import jax
 import optax
 
 from attnres_jax.config import OptimizerConfig
-from attnres_jax.training.parameters import learning_rate_multiplier, parameter_name, weight_decay
+from attnres_jax.models import parameter_name
+from attnres_jax.training.parameters import learning_rate_multiplier, weight_decay
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -8,23 +8,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnres_jax.config import OptimizerConfig
+from attnres_jax.models import named_leaves
 
 MATRICES = ("kernel", "table")
 """Leaf names of matrices. Layers are stacked, so a norm scale is two-dimensional as well and ndim decides nothing."""
 
 MODULES = {"embedding": "embedding", "head": "head", "gqa": "attention", "swiglu": "mlp"}
 """Which group the parameters inside a module belong to, where their own name does not say it."""
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """The leaves by dotted name, as in `sublayers.gqa.query.kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {parameter_name(path): leaf for path, leaf in leaves}
-
-
-def parameter_name(path: tuple[Any, ...]) -> str:
-    """A pytree path as a dotted name; the `.value` of an nnx variable is left out."""
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def parameter_group(name: str) -> str:

@@ -23,6 +23,8 @@ OPTIONS = {
     "input query": {"query": "input"},
     "all at once": {"weights": "sigmoid", "key_norm": False, "heads": 2, "window": 2, "recency_bias": -1.0},
     "input query and all": {"query": "input", "heads": 2, "window": 2, "recency_bias": 1.0, "key_norm": False},
+    "sum": {"sum_sources": True},
+    "sum and all": {"sum_sources": True, "query": "input", "heads": 2, "recency_bias": 1.0, "key_norm": False},
     "scalars in a window": {"query": "none", "window": 2, "recency_bias": 0.5},
 }
 CASES = [(name, {}) for name in RULES] + [

@@ -1,0 +1,70 @@
+"""`config.json`: which family a directory is of, and its model."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from attnres_jax.config import ModelConfig
+from attnres_jax.errors import ConfigError
+from attnres_jax.interop.errors import InteropError
+from attnres_jax.interop.store import read_json
+from attnres_jax.interop.tables import TABLES
+from attnres_jax.models import FAMILIES, Family, family_of
+from attnres_jax.models.family import same_function, write_depth
+
+DEPTH_KEYS = ("attn_res_block_size", "attn_res_sum")
+
+
+def read_config_json(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """(family, model, the file itself).
+
+    Raises:
+      InteropError: one line, for an unknown `model_type` or a setting that is missing or not supported.
+    """
+    path = directory / "config.json"
+    values = read_json(path)
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in FAMILIES or kind not in TABLES:
+        raise InteropError(f"{path}: model_type={kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}")
+    try:
+        return FAMILIES[kind], FAMILIES[kind].read(values), values
+    except ConfigError as error:
+        raise InteropError(f"{path}: {error}") from None
+
+
+def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Family, dict[str, Any]]:
+    """(family, `config.json`) of a model; with `like`, that directory's file under the model's depth rule.
+
+    Raises:
+      InteropError: if no family can hold the model, or `like` describes another one.
+    """
+    try:
+        if like is None:
+            family = family_of(config)
+            return family, family.write(config)
+        family, there, values = read_config_json(like)
+        differing = same_function(there, config)
+        if differing:
+            raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
+        return family, with_depth(values, config)
+    except ConfigError as error:
+        raise InteropError(str(error)) from None
+
+
+def with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+    """A `config.json` under the depth rule of `config`."""
+    depth = write_depth(config.depth)
+    kept = {key: value for key, value in values.items() if key not in DEPTH_KEYS}
+    if "attn_res_block_size" in values and not depth:
+        kept["attn_res_block_size"] = None
+    # A block size beyond the stack says the same as the clipped one: what was written stays.
+    there = values.get("attn_res_block_size")
+    if depth and isinstance(there, int) and min(there, config.num_layers) == depth["attn_res_block_size"]:
+        depth["attn_res_block_size"] = there
+    return kept | depth
+
+
+def write_config_json(directory: Path, values: Mapping[str, Any]) -> None:
+    """Writes the file."""
+    (directory / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,248 @@
+"""Loading and saving checkpoint directories: `config.json` and sharded safetensors, under Hugging Face names."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from tqdm import tqdm
+
+from attnres_jax.config import DepthConfig, ModelConfig, validate_model
+from attnres_jax.errors import ConfigError
+from attnres_jax.interop.binding import Binding, bind, check, embedding_name, tied_head
+from attnres_jax.interop.config_json import config_json_of, read_config_json, write_config_json
+from attnres_jax.interop.errors import InteropError
+from attnres_jax.interop.hub import copy_companions, local_directory
+from attnres_jax.interop.output import new_directory
+from attnres_jax.interop.store import STORED, TensorStore, write_tensors
+from attnres_jax.interop.tables import TABLES
+from attnres_jax.models import Decoder, default_block_size, named_leaves
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def load_pretrained(
+    directory_or_repo_id: Path | str,
+    residual: str | DepthConfig | None = None,
+    mesh: Mesh | None = None,
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+    sharding: Callable[[str, tuple[int, ...]], Sharding] | None = None,
+    progress: bool = False,
+) -> Decoder:
+    """Loads a model: `load_pretrained(directory)(tokens) -> logits`.
+
+    Each parameter is read when its turn comes, and of it only what this process's devices hold, so that no host has the
+    whole model in memory.
+
+    Args:
+      directory_or_repo_id: a directory with `config.json` and safetensors, or a repository of the hub.
+      residual: the depth rule for a checkpoint of the plain residual, by name (then with about eight blocks) or with
+        all its options; its parameters are new, and zero queries make the same function. None: as `config.json` says.
+      mesh: devices to spread every parameter over, along its largest axis that they divide; None: the first device.
+      dtype: of activations, float32 or bfloat16; None: as `config.json` says.
+      param_dtype: of parameters; None: as stored, which exports to the same bytes. For fine-tuning: float32.
+      sharding: from a parameter's name and shape to where it goes, in the place of `mesh`.
+      progress: shows a bar.
+
+    Raises:
+      InteropError: one line, for whatever is missing, extra, misshapen, damaged or not supported.
+    """
+    directory = local_directory(directory_or_repo_id)
+    family, stored_config, _ = read_config_json(directory)
+    config = dataclasses.replace(stored_config, dtype=dtype or stored_config.dtype)
+    if residual is not None:
+        config = with_rule(config, residual, directory)
+    store, table = TensorStore(directory), TABLES[family.model_type]
+    shapes = abstract_model(config)
+    leaves = named_leaves(shapes)
+    new = stored_config.depth.rule != config.depth.rule
+    bindings = bind(table, {n: x for n, x in leaves.items() if not new or not is_site(n)}, shapes.plan())
+    check(table, bindings, store.entries, directory)
+    _check_tied_head(store, tied_head(table, bindings, store.entries), embedding_name(bindings))
+    if sharding is None:
+        sharding = (lambda name, shape: spread(mesh, shape)) if mesh else _first_device
+    by_parameter: dict[str, list[Binding]] = {}
+    for binding in bindings:
+        by_parameter.setdefault(binding.ours, []).append(binding)
+    arrays = {}
+    with tqdm(total=len(bindings), desc=f"loading {directory.name}", unit="tensor", disable=not progress) as bar:
+        for name, own in by_parameter.items():
+            shape, kept = leaves[name].shape, _held_dtype(store, own, param_dtype)
+            part = _reader(store, own, shape, kept)
+            arrays[name] = jax.make_array_from_callback(shape, sharding(name, shape), part)
+            bar.update(len(own))
+    if new:
+        sites = named_leaves({"sites": shapes.rule().init_sites(len(shapes.plan()), config.width)})
+        kept = arrays["embedding.table"].dtype
+        arrays |= {name: jax.device_put(x.astype(kept), sharding(name, x.shape)) for name, x in sites.items()}
+    return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in leaves])
+
+
+def save_pretrained(
+    model: Decoder,
+    directory: Path | str,
+    *,
+    like: Path | str | None = None,
+    dtype: str | None = None,
+    max_shard_bytes: int = 5_000_000_000,
+    progress: bool = False,
+    write_more: Callable[[Path], None] = lambda directory: None,
+) -> None:
+    """Writes `config.json` and safetensors; the directory appears whole or not at all.
+
+    Args:
+      model: of one of `FAMILIES`, under `residual` or `block`.
+      directory: new or empty.
+      like: the directory that the model was loaded from: its dtypes, its tokenizer and the settings that no model
+        config holds are kept.
+      dtype: of the tensors, in the place of the parameters' own.
+      max_shard_bytes: size of a file.
+      progress: shows a bar.
+      write_more: called with the directory before it is complete, to put further files into it.
+
+    Raises:
+      InteropError: if the format has no place for the model, or the directory is in use.
+    """
+    like = None if like is None else local_directory(like)
+    family, values = config_json_of(model.config, like)
+    leaves = named_leaves(model)
+    if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
+        raise InteropError("parameters are spread over several processes; gather them before saving")
+    bindings = {b.theirs: b for b in bind(TABLES[family.model_type], leaves, model.plan())}
+    there = {} if like is None else TensorStore(like).entries
+    dtypes = {}
+    for name, binding in bindings.items():
+        own = binding.dtype or dtype or str(np.dtype(leaves[binding.ours].dtype))
+        dtypes[name] = there[name].dtype if name in there else STORED[DTYPES[own]]
+    sizes = {name: math.prod(b.shape) * _numpy(dtypes[name]).itemsize for name, b in bindings.items()}
+    part = _parts(leaves)
+
+    def make(name: str) -> np.ndarray:
+        return to_theirs(part(bindings[name]), bindings[name]).astype(_numpy(dtypes[name]))
+
+    with new_directory(Path(directory)) as temporary:
+        write_config_json(temporary, values)
+        if like is not None:
+            copy_companions(like, temporary)
+        write_more(temporary)
+        shown = lambda names: tqdm(names, desc="saving", unit="tensor", disable=not progress)  # noqa: E731
+        write_tensors(temporary, sizes, make, max_shard_bytes=max_shard_bytes, progress=shown)
+
+
+def with_rule(config: ModelConfig, residual: str | DepthConfig, where: Any) -> ModelConfig:
+    """The model of a residual checkpoint under another depth rule.
+
+    Raises:
+      InteropError: if the checkpoint is not of the plain residual, or the rule impossible.
+    """
+    if isinstance(residual, str):
+        sums = residual in ("block", "full")  # the stream itself at zero queries, whatever the norms' eps
+        residual = DepthConfig(rule=residual, block_size=default_block_size(config.num_layers), sum_sources=sums)
+    if config.depth.rule != "residual" and residual != config.depth:
+        raise InteropError(
+            f"{where} has depth weights of its own (rule {config.depth.rule!r}, block_size={config.depth.block_size}); "
+            f"under {residual.rule!r} it would be another function"
+        )
+    config = dataclasses.replace(config, depth=residual)
+    try:
+        validate_model(config)
+    except ConfigError as error:
+        raise InteropError(str(error)) from None
+    return config
+
+
+def abstract_model(config: ModelConfig) -> Decoder:
+    """Shapes, without computing anything."""
+    return jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+
+
+def is_site(name: str) -> bool:
+    """Whether a parameter is one of the depth rule's."""
+    return name.startswith("sites.")
+
+
+def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Over all devices along the largest axis that they divide; what they do not divide is on every device."""
+    fitting = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 0]
+    if not fitting:
+        return NamedSharding(mesh, PartitionSpec())
+    axis = max(fitting, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+
+
+def to_theirs(part: np.ndarray, binding: Binding) -> np.ndarray:
+    """Part of a parameter in the layout of its tensor."""
+    order = np.argsort(binding.axes)
+    return part.transpose(order).reshape(binding.shape)
+
+
+def _reader(store: TensorStore, bindings: Sequence[Binding], shape: tuple[int, ...], dtype: np.dtype) -> Callable:
+    """A function from an index into a parameter to that part of it, read from its tensors."""
+    by_place = {binding.index: binding for binding in bindings}
+    leading = len(bindings[0].index)
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        ranges = [range(size)[at] for at, size in zip(index, shape, strict=True)]
+        out = np.empty([len(r) for r in ranges], dtype)
+        for place in np.ndindex(*(len(r) for r in ranges[:leading])):
+            binding = by_place[tuple(r[i] for r, i in zip(ranges[:leading], place, strict=True))]
+            at = [slice(0, 1)] * len(binding.shape)
+            for r, axis in zip(ranges[leading:], binding.axes, strict=True):
+                at[axis] = slice(r.start, r.stop)
+            rest = [axis for axis in range(len(at)) if axis not in binding.axes]
+            stored = store.read(binding.theirs, tuple(at)).transpose(*binding.axes, *rest)
+            out[place] = stored.reshape(out.shape[leading:])
+        return out
+
+    return part
+
+
+def _parts(leaves: Mapping[str, Any]) -> Callable[[Binding], np.ndarray]:
+    """A function from a binding to the part of its parameter, which fetches a sublayer's stack of experts once."""
+    held: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+
+    def part(binding: Binding) -> np.ndarray:
+        key = (binding.ours, binding.index[:1])
+        if key not in held:
+            held.clear()
+            held[key] = np.asarray(leaves[binding.ours][binding.index[:1]])
+        return held[key][binding.index[1:]]
+
+    return part
+
+
+def _held_dtype(store: TensorStore, bindings: Sequence[Binding], param_dtype: str | None) -> np.dtype:
+    """Of a parameter: what its row or the caller says, else the one its tensors have."""
+    said = bindings[0].dtype or param_dtype
+    if said:
+        return DTYPES[said]
+    return np.dtype(jax.numpy.result_type(*{store.dtype(binding.theirs) for binding in bindings}))
+
+
+def _check_tied_head(store: TensorStore, head: str | None, embedding: str) -> None:
+    """A stored head of a tied model has to be the embedding."""
+    if head is None:
+        return
+    rows, step = store.entries[embedding].shape[0], 4096
+    same = store.entries[head].shape == store.entries[embedding].shape and all(
+        np.array_equal(store.read(head, at), store.read(embedding, at))
+        for at in ((slice(start, min(start + step, rows)),) for start in range(0, rows, step))
+    )
+    if not same:
+        raise InteropError(f"{store.directory}: tie_word_embeddings is true, but {head} is not {embedding}")
+
+
+def _first_device(name: str, shape: tuple[int, ...]) -> Sharding:
+    return SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _numpy(stored: str) -> np.dtype:
+    return next(dtype for dtype, name in STORED.items() if name == stored)

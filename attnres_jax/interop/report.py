@@ -1,0 +1,59 @@
+"""What the command line prints: a directory's contents, and how far two models are apart."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+from attnres_jax.interop.binding import bind, check
+from attnres_jax.interop.config_json import read_config_json
+from attnres_jax.interop.convert import Verification
+from attnres_jax.interop.hub import local_directory
+from attnres_jax.interop.pretrained import abstract_model
+from attnres_jax.interop.store import TensorStore
+from attnres_jax.interop.tables import TABLES
+from attnres_jax.models import named_leaves
+
+
+def inspect_text(name: Path | str) -> str:
+    """A directory in a few lines; nothing is read but settings and headers.
+
+    Raises:
+      InteropError: if it could not be loaded.
+    """
+    directory = local_directory(name)
+    family, config, _ = read_config_json(directory)
+    store, shapes = TensorStore(directory), abstract_model(config)
+    leaves = named_leaves(shapes)
+    table = TABLES[family.model_type]
+    bindings = bind(table, leaves, shapes.plan())
+    check(table, bindings, store.entries, directory)
+    dtypes = Counter()
+    for entry in store.entries.values():
+        dtypes[entry.dtype] += math.prod(entry.shape)
+    depth = config.depth
+    blocks = f"{depth.block_size // 2} layers a block, " * (depth.rule != "residual")
+    lines = [
+        f"{directory}: {family.model_type}, {sum(math.prod(leaf.shape) for leaf in leaves.values()):,} parameters",
+        f"depth rule: {depth.rule}, {blocks}{config.num_layers} layers of width {config.width}",
+        f"tensors: {len(store.entries)} in {len(set(store.files.values()))} files, all accounted for; "
+        + ", ".join(f"{count:,} {dtype}" for dtype, count in dtypes.most_common()),
+        "",
+    ]
+    first = {binding.ours: binding.theirs for binding in reversed(bindings)}
+    rows = [("parameter", "shape", "first tensor")]
+    rows += [(name, " x ".join(map(str, leaf.shape)), first[name]) for name, leaf in leaves.items()]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines += ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(lines)
+
+
+def verification_text(found: Verification) -> str:
+    """The differences by layer, then the verdict."""
+    lines = ["layer  relative difference"]
+    lines += [f"{layer:5}  {difference:.1e}" for layer, difference in enumerate(found.layers)]
+    lines += [
+        f"logits: relative {found.logits:.1e}, largest {found.largest_logit:.1e}, over {found.tokens} tokens (float32)",
+        f"cause: {found.cause}",
+        "the same function" if found.same else "NOT the same function within 1e-4",
+    ]
+    return "\n".join(lines)

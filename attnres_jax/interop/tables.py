@@ -1,0 +1,92 @@
+"""Which tensor of a checkpoint holds which parameter: one table a family, as data.
+
+To add a family: its file in `models/` (settings and presets), a line in `models/families.py`, and its table here. A
+kind of sublayer that is new needs its rows once; families differ in little more than prefixes.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+SAME: tuple[int, ...] = ()
+MATRIX = (1, 0)
+"""torch's Linear keeps [outputs, inputs]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """A parameter here and what it is called there.
+
+    Attributes:
+      ours: dotted name, of a sublayer's parameter without its stack.
+      theirs: tensor name, of a sublayer's behind `layers.{layer}.`; `{expert}` stands for the number of an expert:
+        experts are one stack here, behind the axis of sublayers.
+      axes: axis i here is axis `axes[i]` there; `SAME`: the same axes.
+      rank: how many axes it has there; those not in `axes` have size 1. 0: no others.
+      dtype: what the parameter is held in, and written in, whatever the checkpoint's dtype; None: as stored.
+    """
+
+    ours: str
+    theirs: str
+    axes: tuple[int, ...] = SAME
+    rank: int = 0
+    dtype: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """The tensors of a family. A row whose parameter a model does not have (q/k norm, an untied head) is skipped.
+
+    Attributes:
+      prefix: of all tensors, as in `language_model.`.
+      whole: parameters outside the stack.
+      sublayers: by kind of sublayer, the parameters of one.
+      ignored: patterns of tensors that may be there and are not read (`fnmatch`), behind the prefix.
+      ignored_outside: patterns of whole names that are not read, such as those of a vision tower.
+    """
+
+    whole: tuple[Tensor, ...]
+    sublayers: Mapping[str, tuple[Tensor, ...]]
+    prefix: str = ""
+    ignored: tuple[str, ...] = ()
+    ignored_outside: tuple[str, ...] = ()
+
+
+EMBEDDING = "embedding.table"
+HEAD = "head.table"
+DECODER = (
+    Tensor(EMBEDDING, "model.embed_tokens.weight"),
+    Tensor("final_norm.scale", "model.norm.weight"),
+    Tensor(HEAD, "lm_head.weight"),
+)
+
+GQA = (
+    Tensor("norm.scale", "input_layernorm.weight"),
+    Tensor("query.kernel", "self_attn.q_proj.weight", MATRIX),
+    Tensor("key.kernel", "self_attn.k_proj.weight", MATRIX),
+    Tensor("value.kernel", "self_attn.v_proj.weight", MATRIX),
+    Tensor("out.kernel", "self_attn.o_proj.weight", MATRIX),
+    Tensor("query_norm.scale", "self_attn.q_norm.weight"),
+    Tensor("key_norm.scale", "self_attn.k_norm.weight"),
+)
+
+SWIGLU = (
+    Tensor("norm.scale", "post_attention_layernorm.weight"),
+    Tensor("gate.kernel", "mlp.gate_proj.weight", MATRIX),
+    Tensor("up.kernel", "mlp.up_proj.weight", MATRIX),
+    Tensor("down.kernel", "mlp.down_proj.weight", MATRIX),
+)
+
+SITES = (
+    Tensor("query", "res_proj.weight", (1,), rank=2),
+    Tensor("key_scale", "res_norm.weight"),
+)
+"""AttnRes, under Kimi K3's names in every family: behind `layers.{layer}.self_attention_` and `layers.{layer}.mlp_` for
+the two sites of a layer, behind `output_attn_` for the readout."""
+
+BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+"""Frequencies that old exports carry along; they follow from the settings."""
+
+DENSE = Table(whole=DECODER, sublayers={"gqa": GQA, "swiglu": SWIGLU}, ignored=(*BUFFERS, "model.mtp*"))
+
+TABLES: dict[str, Table] = {"llama": DENSE, "qwen3": DENSE}
+"""By `model_type`."""

@@ -1,0 +1,60 @@
+"""The model families by `model_type`, and their presets by name."""
+
+import dataclasses
+import difflib
+
+from attnres_jax.config import DepthConfig, ModelConfig, validate_model
+from attnres_jax.errors import ConfigError
+from attnres_jax.models.family import Family
+from attnres_jax.models.llama import LLAMA
+from attnres_jax.models.qwen3 import QWEN3
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, LLAMA)}
+"""Where several can hold a model, the first is the one it is exported as."""
+
+PRESETS: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.presets}
+"""The family of each preset."""
+
+
+def preset(name: str, residual: str = "residual", block_size: int = 0) -> ModelConfig:
+    """The configuration of a released model under any depth rule.
+
+    Args:
+      name: a key of `PRESETS`.
+      residual: the depth rule.
+      block_size: sublayers in a block; 0: about eight blocks.
+
+    Raises:
+      ConfigError: for an unknown name or rule.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, 1, 0)
+        raise ConfigError(f"preset={name!r} is unknown; known: {', '.join(PRESETS)}; nearest: {near[0]!r}")
+    family = PRESETS[name]
+    config = family.read(family.presets[name].settings)
+    depth = DepthConfig(rule=residual, block_size=block_size or default_block_size(config.num_layers))
+    config = dataclasses.replace(config, depth=depth)
+    validate_model(config)
+    return config
+
+
+def default_block_size(num_layers: int) -> int:
+    """Sublayers in a block, for about eight blocks of whole layers (paper, section 5)."""
+    return 2 * -(-num_layers // 8)
+
+
+def family_of(config: ModelConfig) -> Family:
+    """The family that a model is exported as.
+
+    Raises:
+      ConfigError: if none can hold it.
+    """
+    reasons = {}
+    for family in FAMILIES.values():
+        try:
+            family.write(config)
+        except ConfigError as error:
+            reasons[family.model_type] = str(error)
+        else:
+            return family
+    raise ConfigError("; ".join(dict.fromkeys(reasons.values())))

@@ -1,0 +1,262 @@
+"""A model family: how its Hugging Face `config.json` and a `ModelConfig` say the same thing, and its presets."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from attnres_jax.config import DepthConfig, ModelConfig, RopeScalingConfig, validate_model
+from attnres_jax.errors import ConfigError
+
+REQUIRED = object()
+"""The default of a key that has none."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A setting under its two names; `ours` may lie in a group, as in `moe.num_experts`.
+
+    `default` stands for an absent or null key: a value, a function of the whole `config.json`, or `REQUIRED`.
+    """
+
+    ours: str
+    theirs: str
+    default: Any = REQUIRED
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A released size: where it is, the settings of its `config.json`, and how many parameters it has."""
+
+    repository: str
+    parameters: int
+    settings: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Everything about a family but its tensors, which are in `interop/tables.py`.
+
+    Attributes:
+      model_type: as in `config.json`.
+      architecture: the class that `config.json` names.
+      keys: settings that both sides have.
+      constants: settings of ours that the family fixes.
+      expected: settings of theirs that are not supported at another value; absent ones count as the first allowed.
+      presets: the released sizes.
+      read_more: further settings of ours from a `config.json`.
+      write_more: the inverse.
+    """
+
+    model_type: str
+    architecture: str
+    keys: tuple[Key, ...]
+    constants: Mapping[str, Any]
+    expected: Mapping[str, tuple[Any, ...]]
+    presets: Mapping[str, Preset]
+    read_more: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
+    write_more: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+
+    def read(self, values: Mapping[str, Any]) -> ModelConfig:
+        """The model that a `config.json` describes.
+
+        Raises:
+          ConfigError: naming the setting that is missing, of a wrong type, or not supported.
+        """
+        for name, allowed in self.expected.items():
+            if values.get(name, allowed[0]) not in allowed:
+                raise ConfigError(f"{name}={values[name]!r} is not supported; supported: {_words(allowed)}")
+        ours = dict(self.constants)
+        for key in self.keys:
+            ours[key.ours] = _read(key, values)
+        ours |= read_rope(values) | self.read_more(values)
+        ours["dtype"] = _dtype(values)
+        ours["depth"] = read_depth(values, ours["num_layers"])
+        config = _assemble(ours)
+        validate_model(config)
+        return config
+
+    def write(self, config: ModelConfig) -> dict[str, Any]:
+        """The `config.json` of a model.
+
+        Raises:
+          ConfigError: if the family has no place for one of its settings.
+        """
+        values = {"architectures": [self.architecture], "model_type": self.model_type}
+        for key in self.keys:
+            values[key.theirs] = _get(config, key.ours)
+        values["head_dim"] = config.head_dim or config.width // config.num_heads
+        values |= {name: allowed[0] for name, allowed in self.expected.items()}
+        values |= write_rope(config) | self.write_more(config)
+        values["dtype"] = config.dtype
+        values |= write_depth(config.depth)
+        lost = same_function(self.read(values), config)
+        if lost:
+            raise ConfigError(f"model.{lost[0]}={_get(config, lost[0])!r} has no place in the {self.model_type} format")
+        return values
+
+
+def same_function(left: ModelConfig, right: ModelConfig) -> list[str]:
+    """Names of the settings, of those that `RUNTIME` does not list, in which two models differ: none if they agree."""
+    left, right = (
+        dataclasses.replace(config, head_dim=config.head_dim or config.width // config.num_heads)
+        for config in (left, right)
+    )
+    return [
+        field.name
+        for field in dataclasses.fields(ModelConfig)
+        if field.name not in RUNTIME and getattr(left, field.name) != getattr(right, field.name)
+    ]
+
+
+def read_depth(values: Mapping[str, Any], num_layers: int) -> DepthConfig:
+    """The depth rule: `attn_res_block_size` counts transformer layers, two sublayers each; without it, `residual`.
+
+    A block longer than the stack is the whole stack. `attn_res_sum` is this package's own (`Options.sum_sources`).
+    """
+    size = values.get("attn_res_block_size")
+    if size is None:
+        return DepthConfig(rule="residual", block_size=2)
+    if type(size) is not int or size < 1:
+        raise ConfigError(f"attn_res_block_size={size!r} must be a positive number of transformer layers, or null")
+    sums = values.get("attn_res_sum", False)
+    if type(sums) is not bool:
+        raise ConfigError(f"attn_res_sum={sums!r} must be true or false")
+    return DepthConfig(rule="block", block_size=2 * min(size, num_layers), sum_sources=sums)
+
+
+def write_depth(depth: DepthConfig) -> dict[str, Any]:
+    """The inverse.
+
+    Raises:
+      ConfigError: for a rule that the format cannot say.
+    """
+    if depth.rule == "residual":
+        return {}
+    expressible = DepthConfig(rule="block", block_size=depth.block_size, sum_sources=depth.sum_sources)
+    if depth != expressible or depth.block_size % 2:
+        raise ConfigError(
+            f"model.depth.rule={depth.rule!r} with block_size={depth.block_size} and its options has no place in "
+            "config.json, where attn_res_block_size counts whole layers; it can hold: residual, and block with an even "
+            "block_size and default options"
+        )
+    return {"attn_res_block_size": depth.block_size // 2} | ({"attn_res_sum": True} if depth.sum_sources else {})
+
+
+def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary settings, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    name = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    given = values.get(name) or {}
+    if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
+        raise ConfigError(f"{name}={given!r} is not supported; supported: one flat group")
+    theta = _number("rope_theta", given.get("rope_theta", values.get("rope_theta", 10_000.0)))
+    kind = given.get("rope_type", given.get("type", "default"))
+    if _number("partial_rotary_factor", given.get("partial_rotary_factor", 1.0)) != 1:
+        raise ConfigError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported; supported: 1.0")
+    if kind == "default":
+        return {"rope_theta": theta}
+    if kind != "llama3":
+        raise ConfigError(f"{name}.rope_type={kind!r} is not supported; supported: default, llama3")
+    missing = [ours for ours in LLAMA3 if LLAMA3[ours] not in given and ours != "original_length"]
+    if missing:
+        raise ConfigError(f"{name}.{LLAMA3[missing[0]]} is missing, with rope_type='llama3'")
+    original = given.get(LLAMA3["original_length"], values.get("max_position_embeddings"))
+    if type(original) is not int:
+        raise ConfigError(f"{name}.{LLAMA3['original_length']}={original!r} must be int")
+    factors = {ours: _number(LLAMA3[ours], given[LLAMA3[ours]]) for ours in LLAMA3 if ours != "original_length"}
+    scaling = RopeScalingConfig(kind="llama3", original_length=original, **factors)
+    return {"rope_theta": theta, "rope_scaling": scaling}
+
+
+def write_rope(config: ModelConfig) -> dict[str, Any]:
+    """The inverse, under the older names, which every version of transformers reads."""
+    scaling = config.rope_scaling
+    values = {"rope_theta": config.rope_theta, "rope_scaling": None}
+    if scaling.kind == "llama3":
+        values["rope_scaling"] = {"rope_type": "llama3"} | {
+            theirs: getattr(scaling, ours) for ours, theirs in LLAMA3.items()
+        }
+    return values
+
+
+LLAMA3 = {
+    "factor": "factor",
+    "low_frequency_factor": "low_freq_factor",
+    "high_frequency_factor": "high_freq_factor",
+    "original_length": "original_max_position_embeddings",
+}
+"""The settings of `rope_type` llama3, under our names and theirs."""
+
+DECODER_KEYS = (
+    Key("vocab_size", "vocab_size"),
+    Key("width", "hidden_size"),
+    Key("num_layers", "num_hidden_layers"),
+    Key("num_heads", "num_attention_heads"),
+    Key("num_kv_heads", "num_key_value_heads", lambda values: values.get("num_attention_heads")),
+    Key("mlp_width", "intermediate_size"),
+    Key("norm_eps", "rms_norm_eps", 1e-6),
+    Key("tie_embeddings", "tie_word_embeddings", False),
+)
+"""What the configs of all dense pre-norm decoders call the same; `head_dim` and the longest sequence have defaults that
+differ."""
+
+
+def _read(key: Key, values: Mapping[str, Any]) -> Any:
+    value = values.get(key.theirs)
+    if value is None:
+        if key.default is REQUIRED:
+            raise ConfigError(f"{key.theirs} is missing")
+        value = key.default(values) if callable(key.default) else key.default
+    kind = _kind(key.ours)
+    if kind is float:
+        return _number(key.theirs, value)
+    if type(value) is not kind:
+        raise ConfigError(f"{key.theirs}={value!r} must be {kind.__name__}")
+    return value
+
+
+def _dtype(values: Mapping[str, Any]) -> str:
+    """Of activations. Half precision is not one of ours: such a model runs in float32, which is exact."""
+    dtype = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"dtype={dtype!r} is not supported; supported: float32, bfloat16, float16")
+    return "bfloat16" if dtype == "bfloat16" else "float32"
+
+
+def _number(name: str, value: Any) -> float:
+    if type(value) not in (int, float):
+        raise ConfigError(f"{name}={value!r} must be a number")
+    return float(value)
+
+
+def _kind(path: str) -> type:
+    cls = ModelConfig
+    for name in path.split("."):
+        cls = {field.name: field.type for field in dataclasses.fields(cls)}[name]
+    return cls
+
+
+def _get(config: ModelConfig, path: str) -> Any:
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def _assemble(values: Mapping[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from settings by dotted name."""
+    top = {path: value for path, value in values.items() if "." not in path}
+    groups: dict[str, dict[str, Any]] = {}
+    for path, value in values.items():
+        if "." in path:
+            group, _, name = path.partition(".")
+            groups.setdefault(group, {})[name] = value
+    for group, settings in groups.items():
+        top[group] = dataclasses.replace(top.get(group, getattr(ModelConfig(), group)), **settings)
+    return ModelConfig(**top)
+
+
+RUNTIME = ("dtype", "remat", "attention", "depth")
+"""How a model is run, and the depth rule, which `write_depth` answers for."""
+
+
+def _words(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(repr, values))
