@@ -4,8 +4,9 @@ Command:  for v in $(python configs/ablations.py); do
             python train.py --config=configs/ablations.py:variant=$v --workdir=runs/ablations/$v; done
           python compare.py runs/ablations/* --report=runs/ablations/report.html
 Hardware: two CPU cores
-Time:     TIME
-Expected: EXPECTED
+Time:     5 minutes a variant (twice the layers of configs/tiny.py), an hour and a half for all
+Expected: every variant trains (200 steps of each kind at a smaller size are a test); the sweep has not been run whole
+          here, so that the order of the variants at this size is not known. The paper's losses stand beside them below
 """
 
 from attnres_jax.config import arguments, default_config
