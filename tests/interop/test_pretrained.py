@@ -107,6 +107,7 @@ def test_a_rule_given_at_loading(tmp_path):
     assert own.config.depth.block_size == 6
     assert "model.depth.rule='blok' is unknown" in refused(tmp_path / "plain", residual="blok")
     save_pretrained(drawn(), tmp_path / "block")
+    assert load_pretrained(tmp_path / "block", residual="block").config.depth == TINY.depth
     assert "under 'full' it would be another function" in refused(tmp_path / "block", residual="full")
 
 
@@ -229,6 +230,32 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     save_pretrained(drawn(), tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+def test_a_repository_is_fetched_without_code(tmp_path, monkeypatch):
+    """A stand-in for the hub: what is asked of it, and its failure in one line."""
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        if "nowhere" in name:
+            raise ValueError("no such\nrepository")
+        return str(FIXTURES / "llama")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert load_pretrained("owner/name").config.num_layers == 3
+    name, patterns = asked[0]
+    assert name == "owner/name" and not any(".py" in p or ".bin" in p or p == "*" for p in patterns)
+    assert "cannot be fetched from the hub: no such repository" in refused("owner/nowhere")
+
+
+def test_unknown_dtypes(tmp_path):
+    assert "param_dtype='int4' is unknown; known: float32" in refused(FIXTURES / "llama", param_dtype="int4")
+    assert "model.dtype='float16' is unknown" in refused(FIXTURES / "llama", dtype="float16")
+    with pytest.raises(InteropError, match="'int4' is unknown"):
+        save_pretrained(drawn(), tmp_path / "out", dtype="int4")
 
 
 def test_a_missing_library_is_named():
