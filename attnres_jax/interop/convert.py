@@ -14,7 +14,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig
@@ -64,6 +64,7 @@ def convert(
     if residual == "residual":
         raise InteropError("residual='residual' changes nothing; to convert into: block")
     size = 2 * layers_per_block or default_block_size(config.num_layers)
+    sum_sources &= residual == "block"  # no other rule is one of the format, and few have the option
     config = with_rule(config, DepthConfig(rule=residual, block_size=size, sum_sources=sum_sources), directory)
     try:
         values = with_depth(values, config)
@@ -126,9 +127,9 @@ class Verification:
 def verify(
     original: Decoder,
     converted: Decoder,
-    tokens: Int[np.ndarray, "B T"],
-    segment_ids: Int[np.ndarray, "B T"] | None = None,
-    positions: Int[np.ndarray, "B T"] | None = None,
+    tokens: Int[Array | np.ndarray, "B T"],
+    segment_ids: Int[Array | np.ndarray, "B T"] | None = None,
+    positions: Int[Array | np.ndarray, "B T"] | None = None,
 ) -> Verification:
     """Compares two models on a batch, each as a plain loop over its sublayers with float32 arithmetic.
 

@@ -60,6 +60,7 @@ def load_pretrained(
     config = dataclasses.replace(stored_config, dtype=dtype or stored_config.dtype)
     if residual is not None:
         config = with_rule(config, residual, directory)
+    _check(config, param_dtype)
     store, table = TensorStore(directory), TABLES[family.model_type]
     shapes = abstract_model(config)
     leaves = named_leaves(shapes)
@@ -112,6 +113,7 @@ def save_pretrained(
       InteropError: if the format has no place for the model, or the directory is in use.
     """
     like = None if like is None else local_directory(like)
+    _check(model.config, dtype)
     family, values = config_json_of(model.config, like)
     leaves = named_leaves(model)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
@@ -143,6 +145,8 @@ def with_rule(config: ModelConfig, residual: str | DepthConfig, where: Any) -> M
     Raises:
       InteropError: if the checkpoint is not of the plain residual, or the rule impossible.
     """
+    if residual == config.depth.rule:
+        return config
     if isinstance(residual, str):
         sums = residual in ("block", "full")  # the stream itself at zero queries, whatever the norms' eps
         residual = DepthConfig(rule=residual, block_size=default_block_size(config.num_layers), sum_sources=sums)
@@ -152,10 +156,7 @@ def with_rule(config: ModelConfig, residual: str | DepthConfig, where: Any) -> M
             f"under {residual.rule!r} it would be another function"
         )
     config = dataclasses.replace(config, depth=residual)
-    try:
-        validate_model(config)
-    except ConfigError as error:
-        raise InteropError(str(error)) from None
+    _check(config, None)
     return config
 
 
@@ -225,6 +226,16 @@ def _held_dtype(store: TensorStore, bindings: Sequence[Binding], param_dtype: st
     if said:
         return DTYPES[said]
     return np.dtype(jax.numpy.result_type(*{store.dtype(binding.theirs) for binding in bindings}))
+
+
+def _check(config: ModelConfig, param_dtype: str | None) -> None:
+    """Refuses a model that cannot be built, and parameters of an unknown dtype."""
+    try:
+        validate_model(config)
+    except ConfigError as error:
+        raise InteropError(str(error)) from None
+    if param_dtype not in (None, *DTYPES):
+        raise InteropError(f"param_dtype={param_dtype!r} is unknown; known: {', '.join(DTYPES)}")
 
 
 def _check_tied_head(store: TensorStore, head: str | None, embedding: str) -> None:

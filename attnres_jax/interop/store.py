@@ -147,7 +147,11 @@ def write_tensors(
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """One safetensors file; the arrays are contiguous."""
-    need("safetensors.numpy").save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    save_file = need("safetensors.numpy").save_file
+    path.touch()
+    mode = path.stat().st_mode  # the library makes files that nobody else can read
+    save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    path.chmod(mode)
 
 
 def write_index(directory: Path, file_of: Mapping[str, str], total_bytes: int) -> None:

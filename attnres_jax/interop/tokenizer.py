@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from tokenizers import Tokenizer
 
@@ -44,6 +44,7 @@ MAX_CHARS, MAX_RUN = 400_000, 25_000
 pattern's engine is not made for longer ones."""
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """Text to ids and back."""
 

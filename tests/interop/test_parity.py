@@ -1,5 +1,6 @@
 """Logits and layer outputs of the transformers library, committed by tests/fixtures/make_parity.py, and live."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import CASES, FIXTURES, TINY, drawn, edit_config, tokens
+from checkpoints import CASES, FIXTURES, TINY, copy, drawn, edit_config, tokens
 
+from attnres_jax.config import DepthConfig
 from attnres_jax.interop import load_pretrained, save_pretrained
 from attnres_jax.models import unrolled
 
@@ -53,8 +55,6 @@ def test_layers_and_logits_equal_those_of_transformers(case):
 )
 def test_settings_that_matter_are_heard(case, changes, tmp_path):
     """The committed numbers tell a wrong reading of a setting apart."""
-    from checkpoints import copy
-
     directory = copy(case, tmp_path / case)
     edit_config(directory, **changes)
     assert compare(directory, np.load(FIXTURES / case / "parity.npz"))[1] > 10 * TOLERANCE
@@ -78,12 +78,8 @@ def test_live_parity(case, tmp_path):
 @pytest.mark.parametrize("case", [*CASES, "ours"])
 def test_transformers_loads_what_is_exported(case, tmp_path):
     """The same logits from the export, with nothing missing and nothing left over."""
-    import dataclasses
-
     import torch
     import transformers
-
-    from attnres_jax.config import DepthConfig
 
     if case == "ours":
         model = drawn(dataclasses.replace(TINY, depth=DepthConfig(rule="residual", block_size=2)))

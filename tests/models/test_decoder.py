@@ -29,6 +29,7 @@ OPTIONS = {
     "input query": {"query": "input"},
     "key scales of any value": {},
     "wide window": {"window": 6},
+    "sum of the sources": {"sum_sources": True},
 }
 NO_PARITY = {"narrow window": {"window": 1}, "recency": {"recency_bias": 1.0}}
 RULES = [("block", 1), ("block", 2), ("block", 4), ("block", 6), ("full", 4)]  # six sublayers: 4 leaves a short block
@@ -108,6 +109,17 @@ def test_zero_queries_at_the_default_eps_differ_by_eps_alone(baseline):
         gaps.append(worst(*pair))
     assert gaps[0] < 2e-2
     assert gaps[1] < gaps[0] / 20
+
+
+@pytest.mark.parametrize("rule", ["block", "full"])
+def test_with_sum_sources_eps_makes_no_difference(rule):
+    """Where the mean of the sources differs by 2 % (the test above), their number times it does not."""
+    forward = lambda model: model(TOKENS, SEGMENTS, POSITIONS)  # noqa: E731
+    pair = [
+        jax.jit(forward)(make(rule, 4, {"sum_sources": True}, norm_eps=1e-5)),
+        jax.jit(forward)(make("residual", 4, norm_eps=1e-5)),
+    ]
+    assert worst(*pair) < 2e-6
 
 
 @pytest.mark.parametrize("rule, block_size", [("residual", 2), ("block", 4), ("full", 4)])

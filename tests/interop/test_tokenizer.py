@@ -1,0 +1,131 @@
+"""A model directory's own tokenizer: tokenizer.json, Kimi's tiktoken.model, chat templates, what ends a text."""
+
+import base64
+import json
+
+import pytest
+import regex
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from attnres_jax.interop import InteropError, load_tokenizer
+from attnres_jax.interop.tokenizer import KIMI_PATTERN, MAX_RUN
+
+TEMPLATE = (
+    "{%- for message in messages %}\n"
+    "<|im_{{ message['role'] }}|>{{ message['content'] }}<|im_end|>{{ '\\n' }}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}<|im_assistant|>{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "hi"}]
+SPECIAL = ["[BOS]", "[EOS]", "<|im_end|>", "<|im_user|>", "<|im_assistant|>"]
+
+
+@pytest.fixture
+def fast(tmp_path):
+    """A directory with a byte-level tokenizer.json."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    settings = {"bos_token": {"content": "[BOS]"}, "eos_token": "[EOS]", "chat_template": "{{ bos_token }}" + TEMPLATE}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 258}))
+    return tmp_path
+
+
+@pytest.fixture
+def kimi(tmp_path):
+    """A directory with ranks for all bytes and a few merges, as Kimi's models have them."""
+    tokens = [bytes([i]) for i in range(256)] + [
+        b"he",
+        b"ll",
+        b"hell",
+        b"hello",
+        b" w",
+        "你".encode()[:2],
+        "你".encode(),
+    ]
+    lines = [base64.b64encode(token) + f" {rank}\n".encode() for rank, token in enumerate(tokens)]
+    (tmp_path / "tiktoken.model").write_bytes(b"".join(lines))
+    named = {str(263 + i): {"content": token} for i, token in enumerate(SPECIAL)}
+    settings = {"added_tokens_decoder": named, "eos_token": "[EOS]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [265]}))
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATE)
+    return tmp_path
+
+
+def test_tokenizer_json(fast):
+    tokenizer = load_tokenizer(fast)
+    ids = tokenizer.encode("naïve 你好<|im_end|>")
+    assert ids[-1] == 258 and tokenizer.decode(ids) == "naïve 你好<|im_end|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "naïve 你好"
+    assert tokenizer.stop_ids == (258, 257)
+    assert tokenizer.chat(MESSAGES) == "[BOS]<|im_user|>hi<|im_end|>\n<|im_assistant|>"
+    ids = tokenizer.encode_chat(MESSAGES, add_generation_prompt=False)
+    assert (ids[0], ids[1], ids[-2]) == (256, 259, 258)
+
+
+def test_tiktoken_model(kimi):
+    tokenizer = load_tokenizer(kimi)
+    assert tokenizer.encode("hello 你") == [259, 32, 262]
+    assert tokenizer.encode("[BOS]hello<|im_end|>") == [263, 259, 265]
+    assert tokenizer.encode("<|reserved_token_300|>") == [300]
+    assert tokenizer.decode([263, 259, 300], skip_special_tokens=True) == "hello"
+    assert tokenizer.decode([0xE4]) == "\N{REPLACEMENT CHARACTER}"
+    assert tokenizer.stop_ids == (265, 264)
+    assert tokenizer.chat(MESSAGES) == "<|im_user|>hi<|im_end|>\n<|im_assistant|>"
+    text = "x" * (2 * MAX_RUN + 3) + " " * (MAX_RUN + 1) + "é\r\n"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text, pieces",
+    [
+        ("你好world", ["你好", "world"]),
+        ("HelloWorld isn't", ["Hello", "World", " isn't"]),
+        ("HTTPServer 12345", ["HTTPServer", " ", "123", "45"]),
+        ("a+=b;\n\n  c", ["a", "+=", "b", ";\n\n", " ", " c"]),
+        ("x  \n y", ["x", "  \n", " y"]),
+        ("ends   ", ["ends", "   "]),
+        ("WE'RE", ["WE'RE"]),
+    ],
+)
+def test_the_split_pattern(text, pieces):
+    assert regex.findall(f"(?V1){KIMI_PATTERN}", text) == pieces
+
+
+@pytest.mark.parametrize(
+    "file, content, message",
+    [
+        ("tokenizer.json", "{}", "is not a tokenizer"),
+        ("tiktoken.model", "not base64", "is not lines of a base64 token and its rank"),
+        ("tiktoken.model", "aGU= 7\n", "does not have each rank from 0 on once"),
+        ("tiktoken.model", "", "does not have each rank from 0 on once"),
+    ],
+)
+def test_damaged_files(file, content, message, tmp_path):
+    with pytest.raises(InteropError, match="has neither"):
+        load_tokenizer(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(InteropError, match=message):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (None, "no chat template"),
+        ("{% for %}", "cannot be applied"),
+        ("{{ raise_exception('only users') }}", "only users"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be applied"),
+        ("{{ messages.append(1) }}", "cannot be applied"),
+    ],
+)
+def test_templates_that_fail_or_reach_out(template, message, fast):
+    settings = {} if template is None else {"chat_template": [{"name": "default", "template": template}]}
+    (fast / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(InteropError, match=message):
+        load_tokenizer(fast).chat(MESSAGES)

@@ -1,0 +1,91 @@
+"""Families and presets: published parameter counts, and settings that survive the way out and back."""
+
+import dataclasses
+import math
+
+import jax
+import pytest
+from flax import nnx
+
+from attnres_jax.config import DepthConfig, ModelConfig, RopeScalingConfig
+from attnres_jax.errors import ConfigError
+from attnres_jax.models import FAMILIES, PRESETS, Decoder, default_block_size, family_of, preset
+from attnres_jax.models.family import same_function
+
+PUBLISHED = {  # of the model cards, in billions
+    "qwen3-0.6b": 0.6,
+    "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02,
+    "qwen3-8b": 8.19,
+    "qwen3-14b": 14.8,
+    "qwen3-32b": 32.8,
+    "llama-2-7b": 6.74,
+    "llama-3.2-1b": 1.24,
+    "llama-3.2-3b": 3.21,
+    "llama-3.1-8b": 8.03,
+    "llama-3.1-70b": 70.6,
+    "llama-3.1-405b": 406,
+}
+
+
+def count(config):
+    shapes = jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_parameters_of_every_preset(name):
+    config = preset(name)
+    parameters = count(config)
+    assert parameters == PRESETS[name].presets[name].parameters
+    assert abs(parameters / PUBLISHED[name] / 1e9 - 1) < 0.01
+
+
+@pytest.mark.parametrize("rule", ["block", "full", "mhc"])
+def test_any_preset_takes_any_rule(rule):
+    config = preset("qwen3-0.6b", residual=rule)
+    assert config.depth == DepthConfig(rule=rule, block_size=8)
+    assert count(config) > PRESETS["qwen3-0.6b"].presets["qwen3-0.6b"].parameters
+    assert preset("qwen3-0.6b", "block", 6).depth.block_size == 6
+    with pytest.raises(ConfigError, match=r"preset='qwen3-9b' is unknown; .*; nearest: 'qwen3-8b'"):
+        preset("qwen3-9b")
+    with pytest.raises(ConfigError, match=r"model\.depth.rule='blok' is unknown"):
+        preset("qwen3-8b", "blok")
+
+
+def test_about_eight_blocks():
+    assert [default_block_size(layers) for layers in (1, 8, 9, 28, 93)] == [2, 2, 4, 8, 24]
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_config_json_survives_the_way_out_and_back(name):
+    family = PRESETS[name]
+    for config in (preset(name, block_size=2), preset(name, "block")):
+        read = family.read(family.write(config))
+        assert not same_function(read, config) and read.depth == config.depth and read.dtype == config.dtype
+        assert family_of(config) is family
+
+
+def test_settings_without_a_place_are_refused():
+    model = ModelConfig(depth=DepthConfig(rule="residual", block_size=2))
+    assert family_of(model).model_type == "qwen3"
+    assert family_of(dataclasses.replace(model, qk_norm=False)).model_type == "llama"
+    with pytest.raises(ConfigError, match=r"model\.qk_norm=False has no place in the qwen3 format"):
+        FAMILIES["qwen3"].write(dataclasses.replace(model, qk_norm=False))
+    for options in ({"weights": "sigmoid"}, {"key_norm": False}, {"heads": 2}, {"block_size": 1}):
+        depth = DepthConfig(rule="block", **options)
+        with pytest.raises(ConfigError, match=r"has no place in config\.json"):
+            family_of(dataclasses.replace(model, depth=depth))
+
+
+def test_rotary_settings_under_old_and_new_names():
+    family, base = FAMILIES["llama"], FAMILIES["llama"].write(preset("llama-3.1-8b"))
+    scaling = RopeScalingConfig(kind="llama3", factor=8.0, original_length=8192)
+    assert family.read(base).rope_scaling == scaling
+    old = {key: value for key, value in base.items() if not key.startswith("rope")}
+    assert family.read(old).rope_theta == 10_000.0
+    new = old | {"rope_parameters": base["rope_scaling"] | {"rope_theta": base["rope_theta"]}}
+    assert family.read(new) == family.read(base)
+    with pytest.raises(ConfigError, match="layer_types"):
+        qwen3 = FAMILIES["qwen3"].write(preset("qwen3-0.6b"))
+        FAMILIES["qwen3"].read(qwen3 | {"layer_types": ["sliding_attention"]})
