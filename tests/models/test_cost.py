@@ -1,6 +1,7 @@
-"""What the append-only scan promises: memory linear in depth, one compiled body whatever the number of blocks."""
+"""What the append-only scan promises: memory linear in depth, one compiled body, no copies of the sources."""
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -9,11 +10,11 @@ import pytest
 from flax import nnx
 
 from attnres_jax.config import Config, DepthConfig, ModelConfig
-from attnres_jax.models import Decoder
+from attnres_jax.models import Decoder, unrolled
 from attnres_jax.training import TrainState, learning_rate_schedule, make_optimizer, make_train_step
 
 
-def lower_step(rule, blocks, remat="none", layers_per_block=1):
+def lower_step(rule, blocks, remat="none", layers_per_block=1, dtype="float32", model_class=Decoder):
     """The project's training step, traced for a model of `blocks` blocks.
 
     As in a real run, there are more tokens than parameters in a layer, and the width is much larger than the depth: a
@@ -27,6 +28,7 @@ def lower_step(rule, blocks, remat="none", layers_per_block=1):
         num_kv_heads=8,
         mlp_width=512,
         max_length=64,
+        dtype=dtype,
         remat=remat,
         depth=DepthConfig(rule=rule, block_size=2 * layers_per_block),
     )
@@ -35,7 +37,7 @@ def lower_step(rule, blocks, remat="none", layers_per_block=1):
     optimizer = make_optimizer(config.optimizer, schedule)
 
     def new_state():
-        model = Decoder(model_config, rngs=nnx.Rngs(0))
+        model = model_class(model_config, rngs=nnx.Rngs(0))
         return TrainState(jnp.zeros((), jnp.int32), model, optimizer.init(model), jax.random.key(0))
 
     integers = jax.ShapeDtypeStruct((128, 64), jnp.int32)
@@ -75,3 +77,30 @@ def test_compile_time_does_not_grow_with_the_number_of_blocks():
         jax.config.update("jax_enable_compilation_cache", cache)
     assert instructions[16] <= 1.02 * instructions[4]
     assert min(seconds[16]) <= 1.15 * min(seconds[4])
+
+
+class StackedSources(Decoder):
+    """The naive form: a loop that stacks the sources at every site, differentiated by JAX."""
+
+    def __call__(self, tokens, segment_ids=None, positions=None):
+        return unrolled(self, tokens, segment_ids, positions).logits
+
+
+def stacked_sources(text):
+    """Instructions of optimised HLO that put several arrays [B, T, D] together."""
+    return re.findall(r"= \w+\[(?:[2-9]|\d\d),128,64,512\]\S* concatenate\(", text)
+
+
+def test_no_site_has_a_copy_of_its_sources():
+    """In the optimised program of the training step; the naive form has one at every site that reads two or more."""
+    assert stacked_sources(lower_step("block", 4).compile().as_text()) == []
+    naive = lower_step("block", 4, model_class=StackedSources).compile().as_text()
+    assert len(stacked_sources(naive)) >= 2 * 4
+
+
+def test_the_bank_of_a_bfloat16_model_has_no_float32_copy():
+    """As traced: XLA on CPU, which computes bfloat16 in float32, may add conversions of its own."""
+    text = lower_step("block", 4, dtype="bfloat16").as_text()
+    assert "tensor<5x128x64x512xbf16>" in text
+    assert "tensor<5x128x64x512xf32>" not in text
+    assert "tensor<5x128x64x512xf32>" in lower_step("block", 4).as_text()
