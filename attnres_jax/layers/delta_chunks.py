@@ -1,0 +1,432 @@
+"""The gated delta rule in chunks of tokens (Kimi Linear, section 3 and appendix), with a derivative written by hand.
+
+Inside a chunk of C tokens the rule is a triangular system. Rows are tokens; with G the running sum of log decays since
+the chunk's start, E_ij = exp(G_i - G_j) per channel, q already divided by sqrt(K), and S the state at the start,
+
+    L_ij = beta_i sum_d k_id k_jd E_ijd  (i > j)      P_ij = sum_d q_id k_jd E_ijd  (i >= j)
+    R    = V - (exp(G) * K) S                         what the state at the chunk's start gets wrong
+    V'   = (I + L)^-1 (beta * R)                      what each token writes
+    O    = (exp(G) * Q) S + P V'
+    S   <- exp(G_C) * S + (exp(G_C - G) * K)^T V'
+
+so only the last lines of a chunk wait for the chunk before it. W and U of the paper are not formed: with S at hand, V'
+takes one matmul less.
+
+Decays without overflow and without cancellation. exp(-G) overflows under an unbounded gate, and G_i - G_j of two long
+sums loses the small decays behind a large one. So log decays are only ever added up over the tokens in between. A pair
+i > j meets at one level of a binary tree: at block size s, i lies in the lower and j in the upper of two neighbouring
+blocks, and E_ij = exp(sum of g from i's block's start to i) * exp(sum of g after j to the end of j's block), both <= 1:
+a matrix product. The levels inside a tile of 16 tokens are one product masked by level, those above go pair by pair of
+blocks. Any g from 0 to -inf is exact to rounding, and -inf at the first token of a document separates it from the one
+before: no mask is needed.
+
+(I + L)^-1 is merged from blocks, [[A, 0], [X, B]]^-1 = [[A', 0], [-B' X A', B']]: errors do not grow as they do in the
+Neumann series, which fails altogether for equal keys.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from attnres_jax.layers.delta_rule import HIGHEST, reset_at_documents, start_state
+
+TILE = 16  # tokens whose levels are one masked product: as many products as levels, each of twice the size needed
+FORGET = -1e4  # stands for -inf, which a product with zeros would turn into NaN; exp gives 0 for both
+
+
+def delta_rule_chunkwise(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B T H K"],
+    v: Float[Array, "B T H V"],
+    log_decay: Float[Array, "B T H K"],
+    beta: Float[Array, "B T H"],
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    chunk: int = 64,
+    group: int = 8,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
+
+    For its backward pass it keeps the inputs and, a chunk and head, the state [K, V] and two matrices [C, C].
+
+    Args:
+      q: queries; the scale 1 / sqrt(K) is applied here.
+      k: keys, of length 1 or less for a stable rule.
+      v: values.
+      log_decay: log of what each key channel of the state keeps at a token, <= 0, -inf to forget.
+      beta: how far the state's answer to a key is moved towards the value, in [0, 1].
+      initial_state: the state before the first token, which belongs to the row's first document. None: zeros.
+      segment_ids: documents, as runs of equal ids; each but the first starts from zeros. None: one document a row.
+      chunk: tokens C of a chunk, a power of two from 2 on.
+      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it.
+
+    Raises:
+      ValueError: if `chunk` is not a power of two.
+    """
+    if chunk < 2 or chunk & (chunk - 1):
+        raise ValueError(f"chunk={chunk} is no power of two from 2 on; the next is {max(2, _power_of_two(chunk))}")
+    log_decay = reset_at_documents(log_decay, segment_ids)
+    state, length = start_state(v, log_decay, initial_state), q.shape[1]
+    size = min(chunk, max(2, _power_of_two(length)))
+    groups = -(-length // (size * group))
+    plan = Plan(size, -(-length // (size * groups)), groups)
+    # A padded token keeps the state (g = 0) and writes nothing (beta = 0).
+    pad = lambda x: jnp.pad(x, ((0, 0), (0, plan.tokens - length), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
+    read, state = _chunkwise(plan, *map(pad, (q, k, v, log_decay, beta)), state)
+    return read[:, :length], state
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest power of two that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+class Plan(NamedTuple):
+    """How a row is cut: `groups` times `group` chunks of `size` tokens."""
+
+    size: int
+    group: int
+    groups: int
+
+    @property
+    def tokens(self) -> int:
+        """Of the padded row."""
+        return self.size * self.group * self.groups
+
+
+class Inputs(NamedTuple):
+    """A group of G chunks, chunk first since states pass from one to the next; `q` is scaled."""
+
+    q: Float[Array, "G B H C K"]
+    k: Float[Array, "G B H C K"]
+    v: Float[Array, "G B H C V"]
+    log_decay: Float[Array, "G B H C K"]
+    beta: Float[Array, "G B H C"]
+
+
+class Decays(NamedTuple):
+    """What is left of a channel between two tokens of a chunk, in factors <= 1."""
+
+    tiles: Float[Array, "G B H tiles levels tile K"]
+    """At each level inside a tile: from the start of a token's block if that is a lower one, else to its end."""
+    pairs: list[tuple[Array, Array]]
+    """At each level above, [G, B, H, pairs, s, K]: from the start of a lower block, to the end of an upper one."""
+    from_start: Float[Array, "G B H C K"]
+    """exp(G_i)"""
+    to_end: Float[Array, "G B H C K"]
+    """exp(G_C - G_i)"""
+
+    @property
+    def whole(self) -> Float[Array, "G B H K"]:
+        """exp(G_C)"""
+        return self.from_start[..., -1, :]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunkwise(plan, q, k, v, log_decay, beta, state):
+    """`delta_rule_chunkwise` of a row of `plan.tokens`, and of the state's dtype."""
+    return _forward(plan, (q, k, v, log_decay, beta), state, save=False)[0]
+
+
+def _forward(plan, row, state, save):
+    """(reads, final state), and a group the states at the chunks' starts, (I + L)^-1 and P if they are to be saved."""
+    precision = _precision(row)
+
+    def one_group(state, x):
+        decays = _decays(x.log_decay)
+        inverse, scores = _within(x, decays)
+
+        def pass_state(state, chunk):
+            from_start, to_end, v, beta, inverse, whole = chunk
+            wrong = v - _matmul(from_start, state, precision)
+            new = _matmul(inverse, beta[..., None] * wrong, precision)
+            return whole[..., None] * state + _matmul(to_end.mT, new, precision), (state, new)
+
+        chunks = (decays.from_start * x.k, decays.to_end * x.k, x.v, x.beta, inverse, decays.whole)
+        state, (states, new) = jax.lax.scan(pass_state, state, chunks)
+        read = _matmul(decays.from_start * x.q, states, precision) + _matmul(scores, new, precision)
+        return state, (read, (states, inverse, scores) if save else None)
+
+    state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, state.dtype))
+    return (_row(read, row[2].dtype), state), saved
+
+
+def _chunkwise_forward(plan, q, k, v, log_decay, beta, state):
+    row = (q, k, v, log_decay, beta)
+    out, saved = _forward(plan, row, state, save=True)
+    return out, (row, saved)
+
+
+def _chunkwise_backward(plan, residuals, bars):
+    """The derivative, group by group from the last (derived from the equations above; `x_bar` is the cotangent of x).
+
+        V'_bar = P^T O_bar + K_out S_bar      (beta * R)_bar = (I + L)^-T V'_bar =: e
+        L_bar  = -tril(e V'^T, -1)            P_bar = tril(O_bar V'^T)
+        S_bar <- exp(G_C) * S_bar + Q_in^T O_bar - K_in^T (beta * e)
+
+    with Q_in = exp(G) * Q, K_in = exp(G) * K, K_out = exp(G_C - G) * K. A log decay takes, from every factor exp(sum)
+    that it is in, the factor times the factor's cotangent: nothing is divided by a decay that may be zero.
+    """
+    row, saved = residuals
+    read_bar, state_bar = bars
+    precision, dtype = _precision(row), state_bar.dtype
+
+    def one_group(state_bar, inputs):
+        x, o_bar, (states, inverse, scores) = inputs
+        decays = _decays(x.log_decay)
+        q_in, k_in, k_out = decays.from_start * x.q, decays.from_start * x.k, decays.to_end * x.k
+        beta = x.beta[..., None]
+        wrong = x.v - _matmul(k_in, states, precision)
+        new = _matmul(inverse, beta * wrong, precision)
+
+        def pass_state(state_bar, chunk):
+            k_in, k_out, beta, inverse, whole, new_bar, from_reads = chunk
+            error_bar = _matmul(inverse.mT, new_bar + _matmul(k_out, state_bar, precision), precision)
+            before = whole[..., None] * state_bar + from_reads - _matmul(k_in.mT, beta * error_bar, precision)
+            return before, (state_bar, error_bar)
+
+        from_reads = _matmul(q_in.mT, o_bar, precision)
+        chunks = (k_in, k_out, beta, inverse, decays.whole, _matmul(scores.mT, o_bar, precision), from_reads)
+        before, (state_bars, error_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
+
+        v_bar = beta * error_bar
+        k_in_bar, q_in_bar = (_matmul(bar, states.mT, precision) for bar in (-v_bar, o_bar))
+        k_out_bar = _matmul(new, state_bars.mT, precision)
+
+        from_start_bar, to_end_bar = k_in * k_in_bar + q_in * q_in_bar, k_out * k_out_bar
+        whole_bar = decays.whole * _dot(states, state_bars)
+        lower_bar, scores_bar = (_matmul(bar, new.mT, HIGHEST) for bar in (-error_bar, o_bar))
+        q_bar, k_bar, rows_bar, log_decay_bar = _within_transpose(
+            x, decays, lower_bar, scores_bar, from_start_bar, to_end_bar, whole_bar
+        )
+        out = Inputs(
+            (q_bar + decays.from_start * q_in_bar) / math.sqrt(x.q.shape[-1]),
+            k_bar + beta * rows_bar + decays.from_start * k_in_bar + decays.to_end * k_out_bar,
+            v_bar,
+            log_decay_bar,
+            _dot(error_bar, wrong) + _dot(rows_bar, x.k),
+        )
+        return before, out
+
+    groups = (_lay_out(plan, row, dtype), _lay_out_one(plan, read_bar, dtype), saved)
+    state_bar, row_bar = jax.lax.scan(one_group, state_bar, groups, reverse=True)
+    return *(_row(bar, x.dtype) for bar, x in zip(row_bar, row, strict=True)), state_bar
+
+
+_chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+def _decays(log_decay: Float[Array, "*batch C K"]) -> Decays:
+    """All factors, every exponent a sum of log decays of consecutive tokens."""
+    size, chunk = min(TILE, log_decay.shape[-2]), log_decay.shape[-2]
+    exponents = _exponents(_tiles(log_decay, size))
+    prefix, suffix = (exponents[..., i, :, :].reshape(log_decay.shape) for i in (-2, -1))
+    pairs = []
+    while size < chunk:
+        (before, prefix), (suffix, after) = _halves(prefix, size), _halves(suffix, size)
+        pairs.append((jnp.exp(prefix), jnp.exp(suffix)))
+        suffix = _interleave(suffix + prefix[..., -1:, :], after)
+        prefix = _interleave(before, prefix + before[..., -1:, :])
+        size *= 2
+    return Decays(jnp.exp(exponents[..., :-2, :, :]), pairs, jnp.exp(prefix), jnp.exp(suffix))
+
+
+def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G B H C C"], Float[Array, "G B H C C"]]:
+    """(I + L)^-1 and P."""
+    _, masks, size = _constants(decays)
+    right = _tiles(x.k, size)[..., None, :, :] * decays.tiles
+    lower, scores = (
+        _by_level(masks, _matmul(_tiles(row, size)[..., None, :, :] * decays.tiles, right.mT, HIGHEST))
+        for row in (x.beta[..., None] * x.k, x.q)
+    )
+    inverse = _unit_inverse(lower)
+    scores += _tiles(_dot(x.q, x.k)[..., None], size) * jnp.eye(size, dtype=x.q.dtype)
+    for from_start, to_end in decays.pairs:
+        right = _halves(x.k, size)[0] * to_end
+        lower, corner = (
+            _matmul(_halves(row, size)[1] * from_start, right.mT, HIGHEST) for row in (x.beta[..., None] * x.k, x.q)
+        )
+        inverse = _merge_inverse(inverse[..., 0::2, :, :], lower, inverse[..., 1::2, :, :])
+        scores = _merge(scores[..., 0::2, :, :], corner, scores[..., 1::2, :, :])
+        size *= 2
+    return inverse[..., 0, :, :], scores[..., 0, :, :]
+
+
+def _by_level(masks: np.ndarray, products: Float[Array, "*batch levels tile tile"]) -> Array:
+    """Of every pair the product of the level that it meets at."""
+    return sum(mask * products[..., level, :, :] for level, mask in enumerate(masks))
+
+
+def _within_transpose(x: Inputs, decays: Decays, lower_bar, scores_bar, from_start_bar, to_end_bar, whole_bar):
+    """Cotangents of q, k, beta * k and log_decay from those of L, of P and of the exponents of the chunk's own factors.
+
+    Of `lower_bar` and `scores_bar` only what is in the triangles is read.
+    """
+    sums, masks, tile = _constants(decays)
+    rows = (x.beta[..., None] * x.k, x.q)
+    blocks_bar = [bar[..., None, :, :] for bar in (lower_bar, scores_bar)]
+    own_bar = jnp.diagonal(scores_bar, axis1=-2, axis2=-1)[..., None]
+    rows_bar, k_bar = [jnp.zeros_like(x.k), own_bar * x.k], own_bar * x.q
+    prefix_bar, suffix_bar, total_bar = from_start_bar, to_end_bar, whole_bar[..., None, None, :]
+
+    for from_start, to_end in reversed(decays.pairs):
+        size = from_start.shape[-2]
+        above = _halves(x.k, size)[0]
+        # The sum over a block is part of the other block's exponents a level up.
+        totals = (
+            total_bar + jnp.sum(_halves(prefix_bar, size)[1], -2, keepdims=True),
+            total_bar + jnp.sum(_halves(suffix_bar, size)[0], -2, keepdims=True),
+        )
+        total_bar = jnp.stack(totals, -3).reshape(*x.k.shape[:-2], -1, 1, x.k.shape[-1])
+        right_bar, exponent_bar = 0, 0
+        for i, row in enumerate(rows):
+            below, corner = _halves(row, size)[1], blocks_bar[i][..., size:, :size]
+            left_bar = _matmul(corner, above * to_end, HIGHEST) * from_start
+            right_bar += _matmul(corner.mT, below * from_start, HIGHEST) * to_end
+            exponent_bar += below * left_bar
+            rows_bar[i] += _interleave(None, left_bar)
+            blocks_bar[i] = jnp.stack([blocks_bar[i][..., :size, :size], blocks_bar[i][..., size:, size:]], -3)
+            blocks_bar[i] = blocks_bar[i].reshape(*x.k.shape[:-2], -1, size, size)
+        prefix_bar += _interleave(None, exponent_bar)
+        suffix_bar += _interleave(above * right_bar, None)
+        k_bar += _interleave(right_bar, None)
+
+    k = _tiles(x.k, tile)[..., None, :, :]
+    right_bar, exponent_bar = 0, 0
+    for i, row in enumerate(rows):
+        row, level_bar = _tiles(row, tile)[..., None, :, :], jnp.stack([mask * blocks_bar[i] for mask in masks], -3)
+        left_bar = _matmul(level_bar, k * decays.tiles, HIGHEST) * decays.tiles
+        right_bar += _matmul(level_bar.mT, row * decays.tiles, HIGHEST) * decays.tiles
+        exponent_bar += row * left_bar
+        rows_bar[i] += _sum_levels(left_bar).reshape(x.k.shape)
+    exponent_bar += k * right_bar
+    k_bar += _sum_levels(right_bar).reshape(x.k.shape)
+    exponent_bar = exponent_bar.reshape(*exponent_bar.shape[:-3], -1, x.k.shape[-1])
+    log_decay_bar = _transposed(sums[:-2], exponent_bar) + total_bar
+    log_decay_bar += _transposed(sums[-2], _tiles(prefix_bar, tile)) + _transposed(sums[-1], _tiles(suffix_bar, tile))
+    return rows_bar[1], k_bar, rows_bar[0], log_decay_bar.reshape(x.k.shape)
+
+
+def _sum_levels(x: Float[Array, "*batch levels tile K"]) -> Float[Array, "*batch tile K"]:
+    return sum(x[..., level, :, :] for level in range(x.shape[-3]))
+
+
+def _transposed(sums: np.ndarray, bar: Array) -> Array:
+    """Back from sums to the log decays of the tokens in them."""
+    return _matmul(_everywhere(sums.reshape(-1, sums.shape[-1]).T, bar), bar, HIGHEST)
+
+
+def _exponents(log_decay: Float[Array, "*batch tile K"]) -> Float[Array, "*batch exponents tile K"]:
+    """The exponents of a tile's levels, then of the sums from its start and to its end."""
+    sums = _tile_sums(log_decay.shape[-2])
+    flat = _matmul(_everywhere(sums.reshape(-1, sums.shape[-1]), log_decay), log_decay, HIGHEST)
+    return flat.reshape(*log_decay.shape[:-2], *sums.shape[:-1], log_decay.shape[-1])
+
+
+def _constants(decays: Decays) -> tuple[np.ndarray, np.ndarray, int]:
+    """Sums, masks and size of the decays' tiles."""
+    size = decays.tiles.shape[-2]
+    return _tile_sums(size), _tile_masks(size), size
+
+
+@functools.cache
+def _tile_sums(size: int) -> np.ndarray:
+    """The tokens in a sum, 0 or 1 [exponents, tile, tile]: at each level, from the tile's start, to the tile's end."""
+    row, token = np.indices((size, size))
+    exponents = []
+    for block in (1 << level for level in range(size.bit_length() - 1)):
+        from_start = (token <= row) & (token >= row // block * block)
+        to_end = (token > row) & (token < (row // block + 1) * block)
+        exponents.append(np.where(row // block % 2 == 1, from_start, to_end))
+    return np.stack([*exponents, token <= row, token > row]).astype(np.float32)
+
+
+@functools.cache
+def _tile_masks(size: int) -> np.ndarray:
+    """Which pairs of tokens meet at a level, 0 or 1 [levels, tile, tile]."""
+    row, token = np.indices((size, size))
+    blocks = (1 << level for level in range(size.bit_length() - 1))
+    return np.stack([(row // b % 2 == 1) & (token // b == row // b - 1) for b in blocks]).astype(np.float32)
+
+
+def _everywhere(constant: np.ndarray, like: Array) -> Array:
+    """A constant matrix for every batch index: as a batched product it gives the layout that the next one reads."""
+    return jnp.broadcast_to(jnp.asarray(constant, like.dtype), (*like.shape[:-2], *constant.shape))
+
+
+def _unit_inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
+    """(I + lower)^-1 of a strictly lower triangle; what else is in the matrix is not read."""
+    size = lower.shape[-1] // 2
+    if not size:
+        return jnp.ones_like(lower)
+    blocks = _unit_inverse(jnp.stack([lower[..., :size, :size], lower[..., size:, size:]], -3))
+    return _merge_inverse(blocks[..., 0, :, :], lower[..., size:, :size], blocks[..., 1, :, :])
+
+
+def _merge_inverse(above, corner, below):
+    """The inverse of [[A, 0], [X, B]] from those of A and B."""
+    return _merge(above, -_matmul(below, _matmul(corner, above, HIGHEST), HIGHEST), below)
+
+
+def _merge(above, corner, below):
+    """[[above, 0], [corner, below]]"""
+    top = jnp.concatenate([above, jnp.zeros_like(above)], -1)
+    return jnp.concatenate([top, jnp.concatenate([corner, below], -1)], -2)
+
+
+def _tiles(x: Float[Array, "*batch C K"], size: int) -> Float[Array, "*batch tiles tile K"]:
+    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+
+
+def _halves(x: Float[Array, "*batch C K"], size: int) -> tuple[Array, Array]:
+    """Upper and lower blocks of all pairs, [*batch, pairs, size, K] each."""
+    x = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    return x[..., 0, :, :], x[..., 1, :, :]
+
+
+def _interleave(upper: Array | None, lower: Array | None) -> Array:
+    """The reverse of `_halves`; None stands for zeros."""
+    upper, lower = (jnp.zeros_like(y) if x is None else x for x, y in ((upper, lower), (lower, upper)))
+    x = jnp.stack([upper, lower], -3)
+    return x.reshape(*x.shape[:-4], -1, x.shape[-1])
+
+
+def _matmul(a: Array, b: Array, precision: jax.lax.Precision | None) -> Array:
+    return jnp.matmul(a, b, precision=precision)
+
+
+def _dot(a: Float[Array, "*batch K"], b: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
+    """Inner products, as a matrix product with ones: XLA on CPU (jax 0.10.2) reduces a last axis ten times slower, and
+    where it fuses such a sum with its factors the program may crash."""
+    return _matmul(a * b, jnp.ones((a.shape[-1], 1), a.dtype), HIGHEST)[..., 0]
+
+
+def _precision(row: tuple[Array, ...]) -> jax.lax.Precision | None:
+    """Of the products with states and values: half-precision values are not worth more than the fastest."""
+    return HIGHEST if row[2].dtype.itemsize >= 4 else None
+
+
+def _lay_out(plan: Plan, row: tuple[Array, ...], dtype) -> Inputs:
+    """The row's arrays by groups, chunks and heads: [B, T, H, ...] to [groups, G, B, H, C, ...].
+
+    Once for the whole row: XLA would put the transposition into everything that reads a group.
+    """
+    x = Inputs(*(_lay_out_one(plan, y, dtype) for y in row))
+    return x._replace(q=x.q / math.sqrt(x.q.shape[-1]), log_decay=jnp.maximum(x.log_decay, FORGET))
+
+
+def _lay_out_one(plan: Plan, x: Array, dtype) -> Array:
+    x = x.astype(dtype).reshape(len(x), plan.groups, plan.group, plan.size, *x.shape[2:])
+    return jnp.moveaxis(x, (1, 2, 0, 4, 3), (0, 1, 2, 3, 4))
+
+
+def _row(x: Array, dtype) -> Array:
+    """The reverse of `_lay_out_one`."""
+    x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
+    return x.reshape(len(x), -1, *x.shape[4:]).astype(dtype)

@@ -1,0 +1,110 @@
+"""What the chunkwise delta rule of KDA saves over the token recurrence: time and memory, forward and backward.
+
+    python benchmarks/kda.py                       # 2048 tokens, 4 heads of 64, float32
+    python benchmarks/kda.py --chunk=128 --group=4 --rounds=0
+
+Both forms run in turn, a round each; a ratio is that of the medians over the rounds. Forward and backward is a
+`jax.vjp` with given cotangents of all reads and of the final state, by all six inputs. Memory is what the compiled
+program needs beside its arguments and results.
+"""
+
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from attnres_jax.cli import launch
+from attnres_jax.errors import ConfigError
+from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence
+from attnres_jax.training import retain_host_memory
+
+TOKENS = flags.DEFINE_integer("tokens", 2048, "Tokens of the row.")
+HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
+HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of keys and of values.")
+CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens of a chunk.")
+GROUP = flags.DEFINE_integer("group", 8, "Chunks worked on at a time.")
+ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; 0 measures memory and compile time alone.")
+JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+
+
+def main(arguments: list[str], overrides: list[str]) -> None:
+    if arguments or overrides:
+        raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
+    retain_host_memory()
+    chunkwise = lambda *inputs: delta_rule_chunkwise(*inputs, chunk=CHUNK.value, group=GROUP.value)  # noqa: E731
+    forms = {"recurrence": delta_rule_recurrence, "chunkwise": chunkwise}
+    print(f"{TOKENS.value} tokens, {HEADS.value} heads of {HEAD_DIM.value}, float32")
+    versions = f"Python {platform.python_version()}, jax {jax.__version__}"
+    print(f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores), {platform.machine()}, {versions}")
+    arguments = make_arguments()
+    passes, figures = {}, []
+    for name, form in forms.items():
+        for kind, function in (("both", forward_and_backward(form)), ("forward", lambda x, _, form=form: form(*x))):
+            started = time.perf_counter()
+            passes[name, kind] = jax.jit(function).lower(*arguments).compile()
+            figures.append((f"{name}/{kind}/compile", time.perf_counter() - started, "s"))
+    seconds = measure(passes, arguments)
+    print(f"{'':12}{'forward ms':>12}{'+ backward ms':>15}{'bytes a token':>15}{'forward alone':>15}")
+    for name in forms:
+        memory = {kind: passes[name, kind].memory_analysis().temp_size_in_bytes / TOKENS.value for kind in KINDS}
+        times = {kind: 1e3 * np.median(seconds[name, kind]) if ROUNDS.value else np.nan for kind in KINDS}
+        print(
+            f"{name:12}{times['forward']:12.2f}{times['both']:15.2f}{memory['both']:15,.0f}{memory['forward']:15,.0f}"
+        )
+        figures += [(f"{name}/{kind}/temp_bytes", memory[kind], "bytes/token") for kind in KINDS]
+        figures += [(f"{name}/{kind}/time", times[kind], "ms") for kind in KINDS if ROUNDS.value]
+    if ROUNDS.value:
+        for kind in KINDS:
+            ratio = np.median(seconds["recurrence", kind]) / np.median(seconds["chunkwise", kind])
+            print(f"chunkwise is {ratio:.1f}x as fast: {kind}")
+            figures.append((f"speedup/{kind}", ratio, "ratio"))
+    if JSON.value:
+        named = [{"name": name, "value": float(value), "unit": unit} for name, value, unit in figures]
+        Path(JSON.value).write_text(json.dumps(named, indent=1) + "\n")
+
+
+KINDS = ("forward", "both")
+
+
+def make_arguments() -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
+    """Unit queries and keys, decays as an untrained Kimi Linear layer has them; cotangents of what comes out."""
+    row, heads, width = (1, TOKENS.value), HEADS.value, HEAD_DIM.value
+    keys = jax.random.split(jax.random.key(0), 8)
+    normal = [jax.random.normal(key, (*row, heads, width)) for key in keys[:3]]
+    q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in normal[:2])
+    step = jnp.exp(jax.random.uniform(keys[3], (*row, heads, width), minval=np.log(1e-3), maxval=np.log(1e-1)))
+    log_decay = -step * jnp.linspace(1, 16, heads)[:, None]
+    beta = jax.nn.sigmoid(jax.random.normal(keys[4], (*row, heads)))
+    state, state_bar = (jax.random.normal(key, (1, heads, width, width)) for key in keys[5:7])
+    return (q, k, normal[2], log_decay, beta, state), (jax.random.normal(keys[7], normal[2].shape), state_bar)
+
+
+def forward_and_backward(form):
+    """What comes out, and the cotangents of the inputs."""
+
+    def both(inputs, cotangents):
+        out, pullback = jax.vjp(form, *inputs)
+        return out, pullback(cotangents)
+
+    return both
+
+
+def measure(passes: dict, arguments: tuple) -> dict:
+    """Seconds of every pass in every round; one round before that does not count."""
+    seconds = {key: [] for key in passes}
+    for _ in range(ROUNDS.value + 1):
+        for key, compiled in passes.items():
+            started = time.perf_counter()
+            jax.block_until_ready(compiled(*arguments))
+            seconds[key].append(time.perf_counter() - started)
+    return {key: values[1:] for key, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    launch(main)
