@@ -13,6 +13,7 @@ from ml_collections import config_dict
 
 from attnres_jax.depth import REMAT_POLICIES, RULES, Options, make_rule
 from attnres_jax.errors import ConfigError
+from attnres_jax.pattern import expand
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,19 +31,90 @@ class RopeScalingConfig:
     """How rotary frequencies are changed for contexts longer than the one trained on."""
 
     kind: str = "none"
-    """none or llama3 (Llama 3.1); the other keys are of llama3: `layers/rotary.py`."""
+    """none, llama3 (Llama 3.1) or yarn (the DeepSeek family): `layers/rotary.py`."""
     factor: float = 8.0
     """What slow frequencies are divided by."""
-    low_frequency_factor: float = 1.0
-    high_frequency_factor: float = 4.0
     original_length: int = 8192
     """Tokens of the context trained on."""
+    low_frequency_factor: float = 1.0
+    """llama3: like the next."""
+    high_frequency_factor: float = 4.0
+    beta_fast: float = 32.0
+    """yarn: like the next three."""
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    """0: not given."""
+    mscale_all_dim: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLAConfig:
+    """Multi-head latent attention, where `attention_layers` has it: `layers/mla.py`."""
+
+    latent_dim: int = 32
+    nope_dim: int = 32
+    """Of a head's key from the latent."""
+    rope_dim: int = 16
+    """Of the key part that all heads share."""
+    value_dim: int = 32
+    query_rank: int = 0
+    """0: queries by one full projection."""
+    rotary: bool = False
+    rotary_interleaved: bool = False
+    output_gate: bool = False
+    latent_eps: float = 1e-6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KDAConfig:
+    """Kimi Delta Attention, where `attention_layers` has it: `layers/kda.py`."""
+
+    num_heads: int = 0
+    """0: the model's."""
+    head_dim: int = 32
+    """Of keys and of values."""
+    conv_size: int = 4
+    gate_lower_bound: float = 0.0
+    """Smallest log decay of a step, negative (Kimi K3: -5); 0: the unbounded gate of Kimi Linear."""
+    full_rank_gate: bool = False
+    """The output gate from one matrix (Kimi K3), not from a low-rank pair."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Mixture of experts, where `mlp_layers` has it: `layers/moe.py`."""
+
+    num_experts: int = 8
+    experts_per_token: int = 2
+    expert_width: int = 128
+    num_shared: int = 1
+    """Experts that every token takes."""
+    shared_width: int = 0
+    """Of one of them; 0: `expert_width`."""
+    router_activation: str = "sigmoid"
+    """sigmoid or softmax."""
+    renormalise: bool = True
+    """Divide the weights of the chosen experts by their sum."""
+    scaling: float = 1.0
+    """What the weights are multiplied with at last."""
+    num_groups: int = 1
+    top_groups: int = 1
+    """A token chooses within so many of `num_groups` groups of experts."""
+    biased_weights: bool = False
+    """The score correction enters the weights too, as in Kimi Linear's remote code at Hugging Face."""
+    latent_width: int = 0
+    """LatentMoE (Kimi K3): what experts read and write; 0: the model's width."""
+    latent_norm: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A pre-norm decoder."""
 
+    attention_layers: str = "gqa"
+    """Pattern of kinds over the layers, of gqa, mla and kda: `kda*3,mla` is repeated to the end; see `pattern.py`."""
+    mlp_layers: str = "swiglu"
+    """Pattern of swiglu and moe: `swiglu,moe*` is one dense layer, then experts."""
     vocab_size: int = 4096
     width: int = 128
     num_layers: int = 8
@@ -52,6 +124,9 @@ class ModelConfig:
     head_dim: int = 0
     """0: width / num_heads."""
     mlp_width: int = 384
+    """Of the layers without experts."""
+    activation: str = "silu"
+    """Of all feed-forward layers: silu, or situ (Kimi K3)."""
     max_length: int = 256
     """Longest sequence, in tokens."""
     rope_theta: float = 10_000.0
@@ -65,7 +140,12 @@ class ModelConfig:
     remat: str = "none"
     """What a block keeps for its backward pass: everything (none), matmul outputs (dots), its input only (full)."""
     attention: str = "auto"
-    """Attention kernel: auto, xla or cudnn."""
+    """Attention kernel of gqa: auto, xla or cudnn."""
+    experts: str = "auto"
+    """How the experts are multiplied: auto, ragged, sorted or dense; see `layers/experts.py`."""
+    mla: MLAConfig = MLAConfig()
+    kda: KDAConfig = KDAConfig()
+    moe: MoEConfig = MoEConfig()
     depth: DepthConfig = DepthConfig()
 
 
@@ -117,6 +197,14 @@ class TrainingConfig:
     """Micro-batches whose gradients are averaged into one step."""
     z_loss: float = 0.0
     """Weight of the squared log-partition of the output softmax."""
+    router_balance_loss: float = 1e-4
+    """Weight of the experts' sequence-wise balance loss (DeepSeek-V3), a mean over the layers that have experts."""
+    router_z_loss: float = 0.0
+    """Weight of the routers' squared log-partition (ST-MoE), a mean over layers."""
+    router_bias_rate: float = 1e-3
+    """Step of the score corrections that keep the experts' load even (Wang et al., 2024; Moonlight, appendix C)."""
+    router_bias_until: float = 0.97
+    """Share of the steps after which the score corrections stay as they are (DeepSeek-V3: the last 3 %)."""
     log_every: int = 10
     eval_every: int = 100
     eval_sequences: int = 64
@@ -269,7 +357,9 @@ def validate(config: Config) -> None:
     _positive("metrics", config.metrics, "every")
     _not_negative("optimizer", optimizer, "final_learning_rate", "warmup_steps", "weight_decay", "depth_weight_decay")
     _not_negative("optimizer", optimizer, "depth_query_lr_multiplier", "depth_key_scale_lr_multiplier")
-    _not_negative("training", training, "z_loss")
+    _not_negative("training", training, "z_loss", "router_balance_loss", "router_z_loss", "router_bias_rate")
+    if not 0 <= training.router_bias_until <= 1:
+        raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")
     if not 1 <= data.heldout_percent <= 50:
         raise ConfigError(f"data.heldout_percent={data.heldout_percent} must be from 1 to 50")
     if data.source == "text" and not data.files:
@@ -302,32 +392,32 @@ def validate_model(model: ModelConfig) -> None:
     """
     _positive("model", model, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
     _positive("model", model, "max_length", "rope_theta", "norm_eps")
-    _one_of("model.rope_scaling.kind", model.rope_scaling.kind, ("none", "llama3"))
-    _positive("model.rope_scaling", model.rope_scaling, "factor", "low_frequency_factor", "original_length")
-    if model.rope_scaling.high_frequency_factor <= model.rope_scaling.low_frequency_factor:
-        raise ConfigError(
-            f"model.rope_scaling.high_frequency_factor={model.rope_scaling.high_frequency_factor} must be above "
-            f"model.rope_scaling.low_frequency_factor={model.rope_scaling.low_frequency_factor}"
-        )
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
     _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))
-    if not model.head_dim and model.width % model.num_heads:
-        raise ConfigError(
-            f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; "
-            f"nearest: model.num_heads={_nearest_divisor(model.width, model.num_heads)}"
-        )
-    head_dim = model.head_dim or model.width // model.num_heads
-    if head_dim < 2 or head_dim % 2:
-        raise ConfigError(
-            f"model.head_dim={head_dim} must be even and positive for the rotary embedding; "
-            f"nearest: model.head_dim={max(2, head_dim + head_dim % 2)}"
-        )
-    if model.num_heads % model.num_kv_heads:
-        raise ConfigError(
-            f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.num_kv_heads}; "
-            f"nearest: model.num_kv_heads={_nearest_divisor(model.num_heads, model.num_kv_heads)}"
-        )
+    _one_of("model.experts", model.experts, ("auto", "ragged", "sorted", "dense"))
+    _one_of("model.activation", model.activation, ("silu", "situ"))
+    for key, known in (("attention_layers", ATTENTION_KINDS), ("mlp_layers", MLP_KINDS)):
+        try:
+            expand(getattr(model, key), model.num_layers, known)
+        except ValueError as error:
+            raise ConfigError(f"model.{key}={getattr(model, key)!r}: {error}") from None
+    kinds = {*attention_kinds(model), *mlp_kinds(model)}
+    if "gqa" in kinds:
+        _validate_gqa(model)
+    if "mla" in kinds:
+        _validate_mla(model, rotary_dim=_head_dim(model) if "gqa" in kinds else model.mla.rope_dim)
+    if "kda" in kinds:
+        _positive("model.kda", model.kda, "head_dim", "conv_size")
+        _not_negative("model.kda", model.kda, "num_heads")
+        if model.kda.gate_lower_bound > 0:
+            raise ConfigError(
+                f"model.kda.gate_lower_bound={model.kda.gate_lower_bound} must be negative, or 0 for the unbounded "
+                f"gate; nearest: {-model.kda.gate_lower_bound}"
+            )
+    if "moe" in kinds:
+        _validate_moe(model.moe)
+    _validate_rope_scaling(model.rope_scaling)
     _one_of("model.depth.rule", model.depth.rule, tuple(RULES))
     size, sublayers = model.depth.block_size, 2 * model.num_layers
     if size < 1 or (size > 1 and size % 2) or size > sublayers:
@@ -346,6 +436,91 @@ def validate_model(model: ModelConfig) -> None:
         raise ConfigError(
             f"model.width={model.width} is not divisible by model.depth.heads={model.depth.heads}; "
             f"nearest: model.depth.heads={_nearest_divisor(model.width, model.depth.heads)}"
+        )
+
+
+ATTENTION_KINDS = ("gqa", "mla", "kda")
+MLP_KINDS = ("swiglu", "moe")
+
+
+def attention_kinds(model: ModelConfig) -> list[str]:
+    """The kind of attention in every layer, of `ATTENTION_KINDS`."""
+    return expand(model.attention_layers, model.num_layers, ATTENTION_KINDS)
+
+
+def mlp_kinds(model: ModelConfig) -> list[str]:
+    """The kind of feed-forward sublayer in every layer, of `MLP_KINDS`."""
+    return expand(model.mlp_layers, model.num_layers, MLP_KINDS)
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.width // model.num_heads
+
+
+def _validate_gqa(model: ModelConfig) -> None:
+    if not model.head_dim and model.width % model.num_heads:
+        raise ConfigError(
+            f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; "
+            f"nearest: model.num_heads={_nearest_divisor(model.width, model.num_heads)}"
+        )
+    head_dim = _head_dim(model)
+    if head_dim < 2 or head_dim % 2:
+        raise ConfigError(
+            f"model.head_dim={head_dim} must be even and positive for the rotary embedding; "
+            f"nearest: model.head_dim={max(2, head_dim + head_dim % 2)}"
+        )
+    if model.num_heads % model.num_kv_heads:
+        raise ConfigError(
+            f"model.num_heads={model.num_heads} is not divisible by model.num_kv_heads={model.num_kv_heads}; "
+            f"nearest: model.num_kv_heads={_nearest_divisor(model.num_heads, model.num_kv_heads)}"
+        )
+
+
+def _validate_mla(model: ModelConfig, rotary_dim: int) -> None:
+    mla = model.mla
+    _positive("model.mla", mla, "latent_dim", "nope_dim", "rope_dim", "value_dim", "latent_eps")
+    _not_negative("model.mla", mla, "query_rank")
+    if mla.rotary and (mla.rope_dim % 2 or mla.rope_dim != rotary_dim):
+        near = rotary_dim if mla.rope_dim != rotary_dim else mla.rope_dim + 1
+        raise ConfigError(
+            f"model.mla.rope_dim={mla.rope_dim} must be even, and the head width of gqa layers where there are any, "
+            f"with model.mla.rotary=true; nearest: model.mla.rope_dim={near}"
+        )
+
+
+def _validate_moe(moe: MoEConfig) -> None:
+    _positive("model.moe", moe, "num_experts", "experts_per_token", "expert_width", "scaling")
+    _positive("model.moe", moe, "num_groups", "top_groups")
+    _not_negative("model.moe", moe, "num_shared", "shared_width", "latent_width")
+    _one_of("model.moe.router_activation", moe.router_activation, ("sigmoid", "softmax"))
+    if moe.experts_per_token > moe.num_experts:
+        raise ConfigError(
+            f"model.moe.experts_per_token={moe.experts_per_token} is more than model.moe.num_experts="
+            f"{moe.num_experts}; nearest: model.moe.experts_per_token={moe.num_experts}"
+        )
+    if moe.num_experts % moe.num_groups:
+        raise ConfigError(
+            f"model.moe.num_experts={moe.num_experts} is not divisible by model.moe.num_groups={moe.num_groups}; "
+            f"nearest: model.moe.num_groups={_nearest_divisor(moe.num_experts, moe.num_groups)}"
+        )
+    size = moe.num_experts // moe.num_groups
+    if moe.top_groups > moe.num_groups or moe.top_groups * size < moe.experts_per_token:
+        raise ConfigError(
+            f"model.moe.top_groups={moe.top_groups} groups of {size} experts cannot hold model.moe.experts_per_token="
+            f"{moe.experts_per_token}, or are more than model.moe.num_groups={moe.num_groups}; "
+            f"nearest: model.moe.top_groups={min(moe.num_groups, -(-moe.experts_per_token // size))}"
+        )
+
+
+def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
+    _one_of("model.rope_scaling.kind", scaling.kind, ("none", "llama3", "yarn"))
+    _positive("model.rope_scaling", scaling, "factor", "low_frequency_factor", "original_length")
+    _positive("model.rope_scaling", scaling, "beta_fast", "beta_slow")
+    _not_negative("model.rope_scaling", scaling, "mscale", "mscale_all_dim")
+    if scaling.high_frequency_factor <= scaling.low_frequency_factor:
+        raise ConfigError(
+            f"model.rope_scaling.high_frequency_factor={scaling.high_frequency_factor} must be above "
+            f"model.rope_scaling.low_frequency_factor={scaling.low_frequency_factor}"
         )
 
 

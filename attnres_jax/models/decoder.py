@@ -8,10 +8,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.config import ModelConfig
+from attnres_jax.config import ModelConfig, attention_kinds, mlp_kinds
 from attnres_jax.depth import depth_scan, make_rule
-from attnres_jax.layers import Context, Embedding, GroupedQueryAttention, RMSNorm, SwiGLU, make_context
-from attnres_jax.layers.rotary import Llama3Scaling
+from attnres_jax.layers import (
+    KDA,
+    MLA,
+    Context,
+    Embedding,
+    GroupedQueryAttention,
+    MoE,
+    RMSNorm,
+    RouterReport,
+    SwiGLU,
+    make_context,
+)
+from attnres_jax.layers.rotary import Llama3Scaling, RopeScaling, YarnScaling
 from attnres_jax.models.plan import cut, slots_of
 
 
@@ -43,21 +54,34 @@ class Decoder(nnx.Module):
 
         Args:
           tokens: token ids; T is at most `config.max_length`.
-          segment_ids: documents packed in a row; a token sees only those with its own id. None: one document a row.
+          segment_ids: documents packed in a row, as runs of equal ids; a token sees only those with its own, and 0 is
+            padding. None: one document a row.
           positions: for the rotary embedding. None: counted from 0 in every row.
 
         Raises:
           ValueError: if the row is longer than the model's.
         """
+        return self.with_reports(tokens, segment_ids, positions)[0]
+
+    def with_reports(
+        self,
+        tokens: Int[Array, "B T"],
+        segment_ids: Int[Array, "B T"] | None = None,
+        positions: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T V"], RouterReport | None]:
+        """The logits, and what the routers report, an axis for the layers with experts first (None: there are none)."""
         rule, context = self.rule(), self.context(tokens, segment_ids, positions)
         begin = lambda sites, embedding: rule.begin(sites, embedding(tokens))  # noqa: E731
         if self.config.remat == "full":  # the bank holds the embeddings already: looked up again, not kept twice
             begin = jax.checkpoint(begin)
         stream, bank = begin(self.sites, self.embedding)
-        stream, bank, _ = depth_scan(
+        segments = cut(self.plan(), rule.block_size)
+        stream, bank, reports = depth_scan(
             rule,
-            cut(self.plan(), rule.block_size),
-            lambda kind, sublayer, h, context: (sublayer(h, context), ()),
+            segments,
+            lambda kind, sublayer, h, context: (
+                sublayer(h, context) if kind in REPORTING else (sublayer(h, context), ())
+            ),
             dict(self.sublayers.items()),
             self.sites,
             stream,
@@ -65,7 +89,7 @@ class Decoder(nnx.Module):
             context,
             remat=self.config.remat,
         )
-        return self.logits(rule.readout(self.sites, stream, bank))
+        return self.logits(rule.readout(self.sites, stream, bank)), _in_order(segments, reports)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and head."""
@@ -73,7 +97,8 @@ class Decoder(nnx.Module):
 
     def plan(self) -> list[str]:
         """The kind of every sublayer, in order."""
-        return ["gqa", "swiglu"] * self.config.num_layers
+        pairs = zip(attention_kinds(self.config), mlp_kinds(self.config), strict=True)
+        return [kind for pair in pairs for kind in pair]
 
     def rule(self):
         """The depth rule."""
@@ -87,8 +112,8 @@ class Decoder(nnx.Module):
                 f"a row of {tokens.shape[1]} tokens is longer than model.max_length={self.config.max_length}"
             )
         config = self.config
-        scaling = rope_scaling(config)
-        return make_context(tokens, segment_ids, positions, head_dim(config), config.rope_theta, scaling)
+        rotary_dim = head_dim(config) if "gqa" in attention_kinds(config) else config.mla.rope_dim
+        return make_context(tokens, segment_ids, positions, rotary_dim, config.rope_theta, rope_scaling(config))
 
 
 class Trace(NamedTuple):
@@ -124,7 +149,8 @@ def unrolled(
 
     def sublayer(index: int, kind: str, slot: int) -> Callable:
         own = jax.tree.map(lambda stack: stack[slot], model.sublayers[kind])
-        return lambda h: own(h, context) + (0 if probes is None else probes[index].astype(model.config.dtype))
+        output = (lambda h: own(h, context)[0]) if kind in REPORTING else (lambda h: own(h, context))
+        return lambda h: output(h) + (0 if probes is None else probes[index].astype(model.config.dtype))
 
     sublayers = [sublayer(i, kind, slot) for i, (kind, slot) in enumerate(zip(plan, slots_of(plan), strict=True))]
     plain = model.rule().plain(model.sites, model.embedding(tokens), sublayers)
@@ -143,14 +169,23 @@ def head_dim(config: ModelConfig) -> int:
     return config.head_dim or config.width // config.num_heads
 
 
-def rope_scaling(config: ModelConfig) -> Llama3Scaling | None:
+def rope_scaling(config: ModelConfig) -> RopeScaling | None:
     """The change of rotary frequencies, if there is one."""
     scaling = config.rope_scaling
-    if scaling.kind == "none":
-        return None
-    return Llama3Scaling(
-        scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_length
-    )
+    if scaling.kind == "llama3":
+        return Llama3Scaling(
+            scaling.factor, scaling.low_frequency_factor, scaling.high_frequency_factor, scaling.original_length
+        )
+    if scaling.kind == "yarn":
+        return YarnScaling(
+            scaling.factor,
+            scaling.original_length,
+            scaling.beta_fast,
+            scaling.beta_slow,
+            scaling.mscale or None,
+            scaling.mscale_all_dim or None,
+        )
+    return None
 
 
 def _gqa(config: ModelConfig, rngs: nnx.Rngs) -> GroupedQueryAttention:
@@ -167,11 +202,96 @@ def _gqa(config: ModelConfig, rngs: nnx.Rngs) -> GroupedQueryAttention:
     )
 
 
+def _mla(config: ModelConfig, rngs: nnx.Rngs) -> MLA:
+    mla, scaling = config.mla, rope_scaling(config)
+    return MLA(
+        config.width,
+        config.num_heads,
+        latent_dim=mla.latent_dim,
+        nope_dim=mla.nope_dim,
+        rope_dim=mla.rope_dim,
+        value_dim=mla.value_dim,
+        query_rank=mla.query_rank or None,
+        rotary=mla.rotary,
+        rotary_interleaved=mla.rotary_interleaved,
+        output_gate=mla.output_gate,
+        eps=config.norm_eps,
+        latent_eps=mla.latent_eps,
+        scale_multiplier=scaling.softmax_multiplier if isinstance(scaling, YarnScaling) else 1.0,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
+def _kda(config: ModelConfig, rngs: nnx.Rngs) -> KDA:
+    kda = config.kda
+    return KDA(
+        config.width,
+        kda.num_heads or config.num_heads,
+        kda.head_dim,
+        conv_size=kda.conv_size,
+        gate_lower_bound=kda.gate_lower_bound or None,
+        full_rank_gate=kda.full_rank_gate,
+        eps=config.norm_eps,
+        dtype=config.dtype,
+        rngs=rngs,
+    )
+
+
 def _swiglu(config: ModelConfig, rngs: nnx.Rngs) -> SwiGLU:
-    return SwiGLU(config.width, config.mlp_width, eps=config.norm_eps, dtype=config.dtype, rngs=rngs)
+    return SwiGLU(
+        config.width,
+        config.mlp_width,
+        eps=config.norm_eps,
+        dtype=config.dtype,
+        activation=config.activation,
+        rngs=rngs,
+    )
 
 
-MAKERS: dict[str, Callable] = {"gqa": _gqa, "swiglu": _swiglu}
+def _moe(config: ModelConfig, rngs: nnx.Rngs) -> MoE:
+    moe = config.moe
+    return MoE(
+        config.width,
+        moe.num_experts,
+        moe.experts_per_token,
+        moe.expert_width,
+        num_shared=moe.num_shared,
+        shared_width=moe.shared_width or None,
+        router_activation=moe.router_activation,
+        renormalise=moe.renormalise,
+        scaling=moe.scaling,
+        num_groups=moe.num_groups,
+        top_groups=moe.top_groups,
+        biased_weights=moe.biased_weights,
+        latent_width=moe.latent_width or None,
+        latent_norm=moe.latent_norm,
+        activation=config.activation,
+        eps=config.norm_eps,
+        dtype=config.dtype,
+        implementation=config.experts,
+        rngs=rngs,
+    )
+
+
+MAKERS: dict[str, Callable] = {"gqa": _gqa, "mla": _mla, "kda": _kda, "swiglu": _swiglu, "moe": _moe}
+
+REPORTING = ("moe",)
+"""Kinds of sublayers that return a report beside their output."""
+
+
+def _in_order(segments, reports) -> RouterReport | None:
+    """The reports of all sublayers that give one, in layer order along a leading axis."""
+    given = [
+        (slot, jax.tree.map(lambda leaf, block=block: leaf[block], report))
+        for segment, of_segment in zip(segments, reports, strict=True)
+        for position, (kind, report) in enumerate(zip(segment.kinds, of_segment, strict=True))
+        if kind in REPORTING
+        for block, slot in enumerate(segment.slots[:, position])
+    ]
+    if not given:
+        return None
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(report for _, report in sorted(given, key=lambda x: x[0])))
 
 
 def _stack(make: Callable, config: ModelConfig, count: int, rngs: nnx.Rngs):

@@ -13,24 +13,37 @@ from attnres_jax.models import named_leaves
 MATRICES = ("kernel", "table")
 """Leaf names of matrices. Layers are stacked, so a norm scale is two-dimensional as well and ndim decides nothing."""
 
-MODULES = {"embedding": "embedding", "head": "head", "gqa": "attention", "swiglu": "mlp"}
-"""Which group the parameters inside a module belong to, where their own name does not say it."""
+MODULES = {
+    "embedding": "embedding",
+    "head": "head",
+    "gqa": "attention",
+    "mla": "attention",
+    "kda": "attention",
+    "swiglu": "mlp",
+    "moe.shared": "mlp",
+    "moe.latent_down": "mlp",
+    "moe.latent_up": "mlp",
+    "moe.router": "router",
+    "moe.correction_bias": "router",
+    "moe": "experts",
+}
+"""Which group the parameters inside a module belong to, where their own name does not say it; the first match counts."""
 
 
 def parameter_group(name: str) -> str:
-    """embedding, head, attention, mlp, norms, depth_queries, depth_key_scales or depth_other.
+    """embedding, head, attention, mlp, experts, router, norms, depth_queries, depth_key_scales or depth_other.
 
     Raises:
       ValueError: for a name that belongs to none; `MODULES` is the place to say where it does.
     """
-    first, *_, leaf = parts = name.split(".")
+    first, *_, leaf = name.split(".")
     if first == "sites":
         return {"query": "depth_queries", "key_scale": "depth_key_scales"}.get(leaf, "depth_other")
     if leaf == "scale":
         return "norms"
-    for part in parts:
-        if part in MODULES:
-            return MODULES[part]
+    for module, group in MODULES.items():
+        if f".{module}." in f".{name}.":
+            return group
     raise ValueError(f"parameter {name!r} belongs to no group; known modules: {', '.join(MODULES)}")
 
 

@@ -1,5 +1,6 @@
 """The training step: gradients summed over micro-batches, one update, metrics; jitted, its state donated."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -7,10 +8,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float
 
 from attnres_jax.config import DataConfig, TrainingConfig
 from attnres_jax.evaluation.perplexity import Batch, bits_per_byte
-from attnres_jax.training.loss import SUMS, objective
+from attnres_jax.layers import RouterReport, update_bias
+from attnres_jax.layers.router import max_violation
+from attnres_jax.models import parameter_name
+from attnres_jax.training.loss import objective
 from attnres_jax.training.parameters import group_norms
 from attnres_jax.training.state import TrainState
 
@@ -24,13 +29,16 @@ def make_train_step(
 
     `batch` holds arrays [B, T]. Metrics are float32 scalars of this step: `loss` (nats per token, without the z-loss),
     `bits_per_byte`, `learning_rate`, `grad_norm` (global, before clipping), norms per group, and `finite`: whether the
-    loss, every gradient and every updated parameter is.
+    loss, every gradient and every updated parameter is. With experts also `router/...`, means over the layers: the two
+    losses unscaled, how far the busiest expert is above an even load, and the share of idle ones. After the optimizer's
+    update the score corrections follow the load, until `router_bias_until` of the steps are done.
     """
+    bias_steps = math.ceil(config.router_bias_until * config.steps)
 
     @partial(jax.jit, donate_argnums=0)
     def step(state: TrainState, batch: Batch, token_bytes: Any) -> tuple[TrainState, dict[str, Any]]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        gradients, sums = accumulate(state.model, batch, token_bytes, total_weight, config.accumulation, config.z_loss)
+        gradients, sums = accumulate(state.model, batch, token_bytes, total_weight, config)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {
@@ -41,6 +49,10 @@ def make_train_step(
         }
         if config.z_loss:
             metrics["z_loss"] = config.z_loss * sums["log_z_squared"] / total_weight
+        if "router" in sums:
+            rate = jnp.where(state.step < bias_steps, config.router_bias_rate, 0.0)
+            model, router = balance(model, sums["router"], rate)
+            metrics |= router
         for prefix, tree in (("param_norm", model), ("grad_norm", gradients), ("update_norm", updates)):
             metrics |= group_norms(prefix, tree)
         metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(jax.tree.leaves(metrics))))
@@ -59,17 +71,43 @@ def batch_shapes(config: DataConfig, processes: int = 1) -> dict[str, jax.ShapeD
 
 
 def accumulate(
-    model: Any, batch: Batch, token_bytes: Any, total_weight: Any, micro_batches: int, z_loss: float
+    model: Any, batch: Batch, token_bytes: Any, total_weight: Any, config: TrainingConfig
 ) -> tuple[Any, dict[str, Any]]:
     """The gradient of the objective over the whole batch, and its sums, one micro-batch at a time."""
 
+    def share(micro_batch: Batch) -> tuple[Any, dict[str, Any]]:
+        return jax.grad(objective, has_aux=True)(model, micro_batch, token_bytes, total_weight, config)
+
     def add(total: Any, micro_batch: Batch) -> tuple[Any, None]:
-        def share(model: Any) -> Any:
-            return objective(model, micro_batch, token_bytes, total_weight, z_loss)
+        return jax.tree.map(jnp.add, total, share(micro_batch)), None
 
-        return jax.tree.map(jnp.add, total, jax.grad(share, has_aux=True)(model)), None
-
-    zeros = jax.tree.map(jnp.zeros_like, model), dict.fromkeys(SUMS, jnp.zeros(()))
-    split = jax.tree.map(lambda x: x.reshape(micro_batches, -1, *x.shape[1:]), dict(batch))
+    split = jax.tree.map(lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), dict(batch))
+    shapes = jax.eval_shape(share, jax.tree.map(lambda x: x[0], split))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     # A single micro-batch is unrolled: no loop is left in the program.
-    return jax.lax.scan(add, zeros, split, unroll=micro_batches == 1)[0]
+    return jax.lax.scan(add, zeros, split, unroll=config.accumulation == 1)[0]
+
+
+def balance(model: Any, sums: RouterReport, rate: Float[Array, ""]) -> tuple[Any, dict[str, Float[Array, ""]]]:
+    """The model with its score corrections moved towards an even load, and the routers' metrics.
+
+    Args:
+      model: with experts.
+      sums: the routers' reports times their numbers of tokens, summed over the batch.
+      rate: of the correction, see `update_bias`.
+    """
+    tokens = jnp.maximum(sums.tokens, 1)
+    load = sums.load / tokens[:, None]
+
+    def move(path: tuple[Any, ...], leaf: Array) -> Array:
+        if parameter_name(path) != "sublayers.moe.correction_bias":
+            return leaf
+        return update_bias(leaf, load, rate).astype(leaf.dtype)
+
+    metrics = {
+        "router/balance_loss": jnp.mean(sums.balance_loss / tokens),
+        "router/z_loss": jnp.mean(sums.z_loss / tokens),
+        "router/max_violation": jnp.mean(max_violation(load)),
+        "router/idle": jnp.mean(load == 0, dtype=jnp.float32),
+    }
+    return jax.tree_util.tree_map_with_path(move, model), metrics

@@ -26,9 +26,9 @@ class Bigram(nnx.Module):
         self.embedding = nnx.Dict({"table": nnx.Param(scale * jax.random.normal(jax.random.key(0), (V, V)))})
         self.head = nnx.Dict({"kernel": nnx.Param(jax.random.normal(jax.random.key(1), (V, V)))})
 
-    def __call__(self, tokens, segment_ids, positions):
+    def with_reports(self, tokens, segment_ids, positions):
         h = self.embedding["table"][...][tokens] + positions[..., None] / T
-        return jnp.tanh(h) @ self.head["kernel"][...]
+        return jnp.tanh(h) @ self.head["kernel"][...], None
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +68,16 @@ def float64_loss(batch, z_loss=0.0):
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 def test_objective_is_weighted_cross_entropy_plus_z_loss(batch, z_loss):
-    value, _ = objective(Bigram(), batch, TOKEN_BYTES, jnp.sum(batch["weights"]), z_loss)
+    value, _ = objective(Bigram(), batch, TOKEN_BYTES, jnp.sum(batch["weights"]), TrainingConfig(z_loss=z_loss))
     np.testing.assert_allclose(value, float64_loss(batch, z_loss)[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_accumulated_gradient_is_that_of_the_whole_batch(batch, micro_batches):
     total = jnp.sum(batch["weights"])
-    whole, whole_sums = jax.grad(objective, has_aux=True)(Bigram(), batch, TOKEN_BYTES, total, 0.01)
-    parts, sums = accumulate(Bigram(), batch, TOKEN_BYTES, total, micro_batches, 0.01)
+    config = TrainingConfig(z_loss=0.01, accumulation=micro_batches)
+    whole, whole_sums = jax.grad(objective, has_aux=True)(Bigram(), batch, TOKEN_BYTES, total, config)
+    parts, sums = accumulate(Bigram(), batch, TOKEN_BYTES, total, config)
     assert worst(parts, whole) < 1e-6
     assert worst(sums, whole_sums) < 1e-6
 
@@ -131,11 +132,13 @@ def test_half_precision_logits_are_summed_in_float32(batch):
     """A bfloat16 log-softmax over many tokens would be off in the third digit."""
 
     class Half(Bigram):
-        def __call__(self, *args):
-            return super().__call__(*args).astype(jnp.bfloat16)
+        def with_reports(self, *args):
+            return super().with_reports(*args)[0].astype(jnp.bfloat16), None
 
-    value, _ = objective(Half(), batch, TOKEN_BYTES, jnp.sum(batch["weights"]), 0.0)
-    rounded = np.asarray(Half()(batch["inputs"], None, batch["positions"]).astype(jnp.float32), np.float64)
+    value, _ = objective(Half(), batch, TOKEN_BYTES, jnp.sum(batch["weights"]), TrainingConfig())
+    rounded = np.asarray(
+        Half().with_reports(batch["inputs"], None, batch["positions"])[0].astype(jnp.float32), np.float64
+    )
     nll = np.log(np.exp(rounded).sum(-1)) - np.take_along_axis(rounded, batch["targets"][..., None], -1)[..., 0]
     np.testing.assert_allclose(value, (nll * batch["weights"]).sum() / batch["weights"].sum(), rtol=1e-6)
     assert value.dtype == jnp.float32

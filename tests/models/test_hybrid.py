@@ -1,0 +1,140 @@
+"""Plans of several kinds of sublayers: scan against plain loop, parity at zero queries, reports, packing, segments."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from numerics import worst
+
+from attnres_jax import ModelConfig, build_model
+from attnres_jax.config import DepthConfig, KDAConfig, MLAConfig, MoEConfig
+from attnres_jax.models import unrolled
+from attnres_jax.models.plan import cut, slots_of
+
+TINY = ModelConfig(
+    attention_layers="kda*2,mla",
+    mlp_layers="swiglu,moe*",
+    vocab_size=61,
+    width=24,
+    num_layers=5,
+    num_heads=2,
+    mlp_width=32,
+    max_length=20,
+    norm_eps=1e-14,
+    kda=KDAConfig(head_dim=8),
+    mla=MLAConfig(latent_dim=12, nope_dim=8, rope_dim=4, value_dim=8),
+    moe=MoEConfig(num_experts=4, expert_width=16, scaling=1.5),
+)
+TOKENS = jax.random.randint(jax.random.key(1), (2, 20), 0, 61)
+SEGMENTS = jnp.array([[1] * 7 + [2] * 11 + [0] * 2, [1] * 17 + [2] * 3])
+POSITIONS = jnp.array([[*range(7), *range(11), 0, 0], [*range(17), *range(3)]])
+RULES = [("residual", 2), ("block", 4), ("full", 2)]  # ten sublayers: blocks of 4 differ in kinds
+
+
+def make(rule, block_size, queries=0.3, **changes):
+    config = dataclasses.replace(TINY, depth=DepthConfig(rule=rule, block_size=block_size), **changes)
+    model = jax.jit(lambda: build_model(config, rngs=nnx.Rngs(0)))()
+    draw = jax.tree.map(lambda x: x + queries * jax.random.normal(jax.random.key(7), x.shape), model.sites)
+    model.sites = draw
+    return model
+
+
+def objective(logits, reports):
+    return (jax.nn.log_softmax(logits)[..., 3] ** 2).mean() + 0.1 * reports.balance_loss.sum() + reports.z_loss.mean()
+
+
+@pytest.fixture(scope="module", params=RULES, ids=str)
+def model(request):
+    return make(*request.param)
+
+
+@pytest.fixture(scope="module")
+def passes(model):
+    def scanned(model):
+        return objective(*model.with_reports(TOKENS, SEGMENTS, POSITIONS))
+
+    return jax.jit(lambda m: (m.with_reports(TOKENS, SEGMENTS, POSITIONS), jax.grad(scanned)(m)))(model)
+
+
+def test_the_scan_is_the_plain_loop(model, passes):
+    (logits, _), _ = passes
+    assert worst(logits, jax.jit(unrolled)(model, TOKENS, SEGMENTS, POSITIONS).logits) < 1e-5
+
+
+def test_every_parameter_learns_but_the_score_corrections(passes):
+    _, gradients = passes
+    gradients.sublayers["moe"].correction_bias[...] += 1
+    for stack in jax.tree.leaves(gradients.sublayers):
+        assert np.abs(np.asarray(stack)).reshape(len(stack), -1).max(1).min() > 0
+    np.testing.assert_array_equal(gradients.sublayers["moe"].correction_bias[...], 1)
+
+
+def test_reports_stand_in_layer_order(model, passes):
+    """As a loop over the layers collects them; padding counts nowhere."""
+    (_, reports), _ = passes
+    context, inputs = model.context(TOKENS, SEGMENTS, POSITIONS), unrolled(model, TOKENS, SEGMENTS, POSITIONS).inputs
+    at = [i for i, kind in enumerate(model.plan()) if kind == "moe"]
+    layers = [jax.tree.map(lambda stack, slot=slot: stack[slot], model.sublayers["moe"]) for slot in range(4)]
+    expected = [layer(inputs[i], context)[1] for layer, i in zip(layers, at, strict=True)]
+    assert worst(reports, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)) < 1e-5
+    np.testing.assert_array_equal(reports.tokens, 38)
+    np.testing.assert_allclose(reports.load.sum(1), 1, rtol=1e-6)
+    assert worst(reports.load[0], reports.load[1]) > 0.01
+
+
+def test_packed_documents_do_not_see_each_other(model):
+    packed = jax.jit(lambda m: m(TOKENS, SEGMENTS, POSITIONS))(model)
+    alone = jax.jit(lambda m: m(TOKENS[:1, 7:18]))(model)
+    assert worst(packed[:1, 7:18], alone) < 2e-5
+
+
+def test_zero_queries_are_the_residual_baseline():
+    logits = [
+        jax.jit(lambda m: m(TOKENS, SEGMENTS, POSITIONS))(make(rule, size, queries=0.0))
+        for rule, size in (("residual", 4), ("block", 4), ("full", 2))
+    ]
+    assert worst(logits[1], logits[0]) < 1e-5 and worst(logits[2], logits[0]) < 1e-5
+
+
+def test_a_model_without_experts_has_no_reports():
+    model = make("block", 4, mlp_layers="swiglu")
+    assert model.with_reports(TOKENS)[1] is None
+
+
+def test_rotary_latent_attention_depends_on_positions():
+    mla = dataclasses.replace(TINY.mla, rotary=True, rotary_interleaved=True)
+    model = make("block", 4, attention_layers="mla", mla=mla)
+    shifted = jax.jit(lambda m: m(TOKENS, None, jnp.arange(20)[None] + jnp.array([[5], [9]])))(model)
+    stretched = jax.jit(lambda m: m(TOKENS, None, 2 * jnp.tile(jnp.arange(20), (2, 1))))(model)
+    plain = jax.jit(lambda m: m(TOKENS))(model)
+    assert worst(shifted, plain) < 1e-4 < 1e-2 < worst(stretched, plain)
+
+
+def test_kimi_k3_is_a_handful_of_segments():
+    """93 layers, 69 KDA and 24 MLA, in blocks of 12 layers: printed, and the parts add up."""
+    config = ModelConfig(
+        attention_layers=",".join(["kda*3,mla"] * 23 + ["mla"]),
+        mlp_layers="swiglu,moe*",
+        num_layers=93,
+        depth=DepthConfig(rule="block", block_size=24),
+    )
+    plan = jax.eval_shape(lambda: build_model(dataclasses.replace(TINY, **_plan_of(config)), rngs=nnx.Rngs(0))).plan()
+    segments = cut(plan, 24)
+    for segment in segments:
+        print(f"{len(segment.slots)} x {' '.join(segment.kinds)}")
+    assert [len(segment.slots) for segment in segments] == [1, 6, 1]
+    assert plan.count("kda") == 69 and plan.count("mla") == 24 and plan.count("moe") == 92
+    together = [
+        (kind, slot)
+        for segment in segments
+        for block in segment.slots.tolist()
+        for kind, slot in zip(segment.kinds, block, strict=True)
+    ]
+    assert together == list(zip(plan, slots_of(plan), strict=True))
+
+
+def _plan_of(config):
+    return {key: getattr(config, key) for key in ("attention_layers", "mlp_layers", "num_layers", "depth")}
