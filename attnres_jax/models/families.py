@@ -41,8 +41,9 @@ def preset(name: str, residual: str = "residual", block_size: int = 0) -> ModelC
 
 
 def default_block_size(num_layers: int) -> int:
-    """Sublayers in a block, for about eight blocks of whole layers (paper, section 5)."""
-    return 2 * -(-num_layers // 8)
+    """Sublayers in a block of whole layers, for as nearly eight blocks as there can be (paper, section 5)."""
+    layers = min(range(1, num_layers + 1), key=lambda layers: abs(-(-num_layers // layers) - 8))
+    return 2 * layers
 
 
 def family_of(config: ModelConfig) -> Family:

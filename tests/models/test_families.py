@@ -58,7 +58,8 @@ def test_any_preset_takes_any_rule(rule):
 
 
 def test_about_eight_blocks():
-    assert [default_block_size(layers) for layers in (1, 8, 9, 28, 93)] == [2, 2, 4, 8, 24]
+    assert [default_block_size(layers) for layers in (1, 8, 9, 28, 93)] == [2, 2, 2, 8, 24]
+    assert default_block_size(27) == 6  # nine blocks of three layers, as the paper has it
 
 
 @pytest.mark.parametrize("name", PRESETS)
