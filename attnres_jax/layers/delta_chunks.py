@@ -26,6 +26,7 @@ Neumann series, which fails altogether for equal keys.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -241,8 +242,8 @@ def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G B H C C"], Float
     masks, size = _tile_masks(decays.tiles.shape[-2]), decays.tiles.shape[-2]
     left, right = _tile_operands(x, decays)
     products = _by_kind(_matmul_nt(left, right, HIGHEST))
-    products = sum(mask[:, None] * products[..., level, :, :, :] for level, mask in enumerate(masks))
-    inverse = _unit_inverse(products[..., 0, :])
+    products = [mask[:, None] * products[..., level, :, :, :] for level, mask in enumerate(masks)]
+    inverse, products = _unit_inverse([x[..., 0, :] for x in products]), sum(products)
     scores = products[..., 1, :] + _tiles(x.own[..., None], size) * jnp.eye(size, dtype=x.own.dtype)
     for left, right in _pair_operands(x, decays):
         products = _by_kind(_matmul_nt(left, right, HIGHEST))
@@ -373,13 +374,16 @@ def _everywhere(constant: np.ndarray, like: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(constant, like.dtype), (*like.shape[:-2], *constant.shape))
 
 
-def _unit_inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """(I + lower)^-1 of a strictly lower triangle; what else is in the matrix is not read."""
-    size = lower.shape[-1] // 2
-    if not size:
-        return jnp.ones_like(lower)
-    blocks = _unit_inverse(jnp.stack([lower[..., :size, :size], lower[..., size:, size:]], -3))
-    return _merge_inverse(blocks[..., 0, :, :], lower[..., size:, :size], blocks[..., 1, :, :])
+def _unit_inverse(by_level: Sequence[Float[Array, "*batch n n"]]) -> Float[Array, "*batch n n"]:
+    """(I + L)^-1 of a strictly lower triangle, given by what of it pairs the blocks of each level, zero elsewhere.
+
+    With D the inverse of the blocks on the diagonal, D - D X D merges all pairs at once: of matrices this small one
+    whole product costs less than slices, products of parts and their concatenation.
+    """
+    inverse = jnp.eye(by_level[0].shape[-1], dtype=by_level[0].dtype) - by_level[0]
+    for pairs in by_level[1:]:
+        inverse -= _matmul(inverse, _matmul(pairs, inverse, HIGHEST), HIGHEST)
+    return inverse
 
 
 def _merge_inverse(above, corner, below):
