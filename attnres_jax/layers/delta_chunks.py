@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax.layers.delta_rule import HIGHEST, reset_at_documents, start_state
 
 TILE = 8  # tokens whose levels are one masked product a level: more than needed, in one go (4 and 16 cost the same)
+GROUP_NUMBERS = 2**19  # [G, B, H, C, K]: 2 MiB, where a short row is one group and the loop over groups goes
 FORGET = -1e4  # stands for -inf, which a product with zeros would turn into NaN; exp gives 0 for both
 
 
@@ -50,7 +51,7 @@ def delta_rule_chunkwise(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
-    group: int = 8,
+    group: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
 
@@ -65,7 +66,8 @@ def delta_rule_chunkwise(
       initial_state: the state before the first token, which belongs to the row's first document. None: zeros.
       segment_ids: documents, as runs of equal ids; each but the first starts from zeros. None: one document a row.
       chunk: tokens C of a chunk, a power of two from 2 on.
-      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it.
+      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it. None: 8, or
+        more as long as an array of a group has no more than `GROUP_NUMBERS`.
 
     Raises:
       ValueError: if `chunk` is not a power of two.
@@ -75,6 +77,8 @@ def delta_rule_chunkwise(
     log_decay = reset_at_documents(log_decay, segment_ids)
     state, length = start_state(v, log_decay, initial_state), q.shape[1]
     size = min(chunk, max(2, _power_of_two(length)))
+    if group is None:
+        group = max(8, GROUP_NUMBERS // (size * math.prod(state.shape[:3])))
     groups = -(-length // (size * group))
     plan = Plan(size, -(-length // (size * groups)), groups)
     # A padded token keeps the state (g = 0) and writes nothing (beta = 0).
