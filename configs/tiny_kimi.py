@@ -2,8 +2,9 @@
 
 Command:  python train.py --config=configs/tiny_kimi.py:residual=block,seed=0 --workdir=runs/tiny_kimi_block
 Hardware: two CPU cores
-Time:     TIME
-Expected: EXPECTED
+Time:     4 minutes
+Expected: held-out loss 5.51 with residual=block and 5.83 with residual (one seed), on the library of Python 3.11; with
+          two blocks in the place of four, block_size=8, it was 5.99: short runs of so small a model scatter
 """
 
 from attnres_jax.config import arguments, default_config, sublayers_in_block

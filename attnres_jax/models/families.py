@@ -7,11 +7,15 @@ from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import DEEPSEEK_V3
 from attnres_jax.models.family import Family
+from attnres_jax.models.kimi_k3 import KIMI_K3
+from attnres_jax.models.kimi_linear import KIMI_LINEAR
 from attnres_jax.models.llama import LLAMA
 from attnres_jax.models.qwen3 import QWEN3
 from attnres_jax.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, LLAMA, QWEN3_MOE, DEEPSEEK_V3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN3, LLAMA, QWEN3_MOE, DEEPSEEK_V3, KIMI_LINEAR, KIMI_K3)
+}
 """Where several can hold a model, the first is the one it is exported as."""
 
 PRESETS: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.presets}
