@@ -103,7 +103,9 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     if kda.full_rank_gate:
         linear["use_full_rank_gate"] = True
     biased = {"router_weight_uses_score_correction_bias": True} if config.moe.biased_weights else {}
-    return {"linear_attn_config": linear} | write_dense_first(config) | biased
+    # A model knows no special tokens, and transformers' defaults are those of the released vocabulary.
+    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
+    return {"linear_attn_config": linear} | write_dense_first(config) | biased | tokens
 
 
 KIMI_LINEAR = Family(
