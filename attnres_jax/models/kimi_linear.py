@@ -56,10 +56,13 @@ PRESETS = {
 def _read_layers(values: Mapping[str, Any]) -> dict[str, Any]:
     """From `linear_attn_config`, or from the lists of kinds that transformers writes instead."""
     linear = values.get("linear_attn_config") or {}
+    if not isinstance(linear, Mapping):
+        raise ConfigError(f"linear_attn_config={linear!r} must be a group")
     layers = range(1, values["num_hidden_layers"] + 1)
     if "kda_layers" in linear:
         kda, full = linear["kda_layers"], linear.get("full_attn_layers", [])
-        if sorted([*kda, *full]) != list(layers):
+        named = [*kda, *full] if isinstance(kda, list) and isinstance(full, list) else [None]
+        if any(type(layer) is not int for layer in named) or sorted(named) != list(layers):
             raise ConfigError(
                 f"linear_attn_config: kda_layers and full_attn_layers must name each of the layers 1 to {len(layers)} "
                 "once"
@@ -74,15 +77,24 @@ def _read_layers(values: Mapping[str, Any]) -> dict[str, Any]:
     experts = dense_first(values)
     mlps = values.get("mlp_layer_types")
     if mlps is not None:
+        if not isinstance(mlps, list) or len(mlps) != len(layers) or not set(mlps) <= {"dense", "sparse"}:
+            raise ConfigError(f"mlp_layer_types must say dense or sparse for each of {len(layers)} layers")
         experts = {"mlp_layers": shorten(["moe" if kind == "sparse" else "swiglu" for kind in mlps])}
-    bound = linear.get("gate_lower_bound", values.get("gate_lower_bound"))
+
+    def setting(name: str, elsewhere: str, default: Any) -> Any:
+        value = linear.get(name, values.get(elsewhere))
+        value = default if value is None else value
+        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
+            raise ConfigError(f"linear_attn_config.{name}={value!r} must be {type(default).__name__}")
+        return type(default)(value)
+
     return experts | {
         "attention_layers": shorten(kinds),
-        "kda.head_dim": linear.get("head_dim", values.get("linear_head_dim", 128)),
-        "kda.num_heads": linear.get("num_heads", values.get("linear_num_heads", 0)),
-        "kda.conv_size": linear.get("short_conv_kernel_size", values.get("linear_conv_kernel_dim", 4)),
-        "kda.gate_lower_bound": float(bound or 0.0),
-        "kda.full_rank_gate": bool(linear.get("use_full_rank_gate", values.get("use_full_rank_gate", False))),
+        "kda.head_dim": setting("head_dim", "linear_head_dim", 128),
+        "kda.num_heads": setting("num_heads", "linear_num_heads", 0),
+        "kda.conv_size": setting("short_conv_kernel_size", "linear_conv_kernel_dim", 4),
+        "kda.gate_lower_bound": setting("gate_lower_bound", "gate_lower_bound", 0.0),
+        "kda.full_rank_gate": setting("use_full_rank_gate", "use_full_rank_gate", False),
     }
 
 
