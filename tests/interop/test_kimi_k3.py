@@ -281,7 +281,10 @@ def test_a_scale_that_does_not_fit_is_refused(packed):
         ({"linear_attn_config": {"kda_layers": "all"}}, "must name each of the layers 1 to 7 once"),
         ({"linear_attn_config": 3}, "linear_attn_config=3 must be a group"),
         ({"mlp_layer_types": ["dense"]}, "mlp_layer_types must say dense or sparse for each of 7 layers"),
-        ({"first_k_dense_replace": "1"}, "first_k_dense_replace='1' and moe_layer_freq=1 must be numbers of layers"),
+        (
+            {"first_k_dense_replace": "1"},
+            "first_k_dense_replace='1' and moe_layer_freq=1 must be whole numbers of layers",
+        ),
         ({"moe_intermediate_size": None}, "moe_intermediate_size is missing"),
         ({"mla_use_nope": False}, "mla_use_nope=False is not supported"),
     ],
