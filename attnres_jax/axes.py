@@ -56,22 +56,13 @@ def partition(
       table: for each logical name its mesh axes; one that does not divide the axis, or splits an earlier one, is
         left out.
     """
-    known, taken, parts = dict(table), set(), []
-    for length, name in zip(shape, names, strict=True):
-        chosen: list[str] = []
-        for axis in known.get(name, ()):
-            own = math.prod(sizes[a] for a in chosen) * sizes.get(axis, 1)
-            if sizes.get(axis, 1) > 1 and axis not in taken and length % own == 0:
-                chosen.append(axis)
-                taken.add(axis)
-        parts.append(tuple(chosen) or None)
-    return PartitionSpec(*parts)
+    return PartitionSpec(*_parts(shape, names, sizes, table))
 
 
 def mesh_axes_of(**lengths: int) -> dict[str, tuple[str, ...]]:
-    """For logical axes of these lengths the mesh axes that each is split over; all empty where there is no mesh."""
+    """For logical axes of these lengths the mesh axes that each is split over; empty where there is no mesh."""
     sizes = _mesh_axes()
-    return {name: partition([n], [name], sizes, _TABLE.value)[0] or () for name, n in lengths.items()}
+    return sizes and {name: _parts([n], [name], sizes, _TABLE.value)[0] or () for name, n in lengths.items()}
 
 
 def per_shard(f: Callable, ins: Sequence[PartitionSpec], outs: Any) -> Callable:
@@ -87,3 +78,16 @@ def _mesh_axes() -> dict[str, int]:
         return {}
     kinds = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)
     return {name: size for name, size, kind in kinds if kind == AxisType.Auto}
+
+
+def _parts(shape, names, sizes, table) -> list[tuple[str, ...] | None]:
+    known, taken, parts = dict(table), set(), []
+    for length, name in zip(shape, names, strict=True):
+        chosen: list[str] = []
+        for axis in known.get(name, ()):
+            own = math.prod(sizes[a] for a in chosen) * sizes.get(axis, 1)
+            if sizes.get(axis, 1) > 1 and axis not in taken and length % own == 0:
+                chosen.append(axis)
+                taken.add(axis)
+        parts.append(tuple(chosen) or None)
+    return parts

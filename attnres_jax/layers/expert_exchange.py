@@ -34,7 +34,7 @@ def experts_across_devices(
     """
     axes = mesh_axes_of(batch=x.shape[0], length=x.shape[1], experts=len(gate), mlp=gate.shape[-1])
     run = partial(experts, activation=activation, implementation=implementation)
-    if not any(axes.values()):
+    if not axes:
         return _flat(run, x, indices, weights, gate, up, down)
     exchanged = tuple(axis for axis in axes["experts"] if axis in axes["batch"])  # else the tokens are there already
 

@@ -144,7 +144,7 @@ class KDA(nnx.Module):
 def delta_rule_by_shard(q, k, v, log_decay, beta, state, segment_ids):
     """`delta_rule_chunkwise` of each device's own rows and heads, which have nothing to do with each other's."""
     axes = mesh_axes_of(batch=q.shape[0], heads=q.shape[2])
-    if not any(axes.values()):
+    if not axes:
         return delta_rule_chunkwise(q, k, v, log_decay, beta, state, segment_ids)
     row, state_spec = P(axes["batch"], None, axes["heads"]), P(axes["batch"], axes["heads"])
     ins = [row] * 5 + [state_spec] + ([] if segment_ids is None else [P(axes["batch"])])
