@@ -100,6 +100,8 @@ class MoEConfig:
     num_groups: int = 1
     top_groups: int = 1
     """A token chooses within so many of `num_groups` groups of experts."""
+    correction_bias: bool = True
+    """Whether the choice of experts has a score correction, which training moves: `training.router_bias_rate`."""
     biased_weights: bool = False
     """The score correction enters the weights too, as in Kimi Linear's remote code at Hugging Face."""
     latent_width: int = 0
@@ -426,7 +428,7 @@ def validate_model(model: ModelConfig) -> None:
     if "gqa" in kinds:
         _validate_gqa(model)
     if "mla" in kinds:
-        _validate_mla(model, rotary_dim=_head_dim(model) if "gqa" in kinds else model.mla.rope_dim)
+        _validate_mla(model, rotary_dim=head_dim(model) if "gqa" in kinds else model.mla.rope_dim)
     if "kda" in kinds:
         _positive("model.kda", model.kda, "head_dim", "conv_size")
         _not_negative("model.kda", model.kda, "num_heads")
@@ -459,6 +461,11 @@ def validate_model(model: ModelConfig) -> None:
         )
 
 
+def head_dim(model: ModelConfig) -> int:
+    """Width of an attention head of gqa."""
+    return model.head_dim or model.width // model.num_heads
+
+
 ATTENTION_KINDS = ("gqa", "mla", "kda")
 MLP_KINDS = ("swiglu", "moe")
 
@@ -473,21 +480,17 @@ def mlp_kinds(model: ModelConfig) -> list[str]:
     return expand(model.mlp_layers, model.num_layers, MLP_KINDS)
 
 
-def _head_dim(model: ModelConfig) -> int:
-    return model.head_dim or model.width // model.num_heads
-
-
 def _validate_gqa(model: ModelConfig) -> None:
     if not model.head_dim and model.width % model.num_heads:
         raise ConfigError(
             f"model.width={model.width} is not divisible by model.num_heads={model.num_heads}; "
             f"nearest: model.num_heads={_nearest_divisor(model.width, model.num_heads)}"
         )
-    head_dim = _head_dim(model)
-    if head_dim < 2 or head_dim % 2:
+    width = head_dim(model)
+    if width < 2 or width % 2:
         raise ConfigError(
-            f"model.head_dim={head_dim} must be even and positive for the rotary embedding; "
-            f"nearest: model.head_dim={max(2, head_dim + head_dim % 2)}"
+            f"model.head_dim={width} must be even and positive for the rotary embedding; "
+            f"nearest: model.head_dim={max(2, width + width % 2)}"
         )
     if model.num_heads % model.num_kv_heads:
         raise ConfigError(

@@ -90,7 +90,11 @@ def check(table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry]
       InteropError: one line with the first tensors that are missing, of another shape, or in nobody's use.
     """
     wanted = {binding.theirs: binding for binding in bindings}
-    ignored = [table.prefix + pattern for pattern in table.ignored] + list(table.ignored_outside)
+    num_layers = 1 + max(
+        int(name.split("model.layers.")[1].split(".")[0]) for name in wanted if "model.layers." in name
+    )
+    ignored = [table.prefix + pattern.replace("{num_layers}", str(num_layers)) for pattern in table.ignored]
+    ignored += table.ignored_outside
     if tied_head(table, bindings, stored):
         ignored.append(tied_head(table, bindings, stored))
     extra = [

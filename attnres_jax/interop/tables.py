@@ -40,7 +40,8 @@ class Table:
       prefix: of all tensors, as in `language_model.`.
       whole: parameters outside the stack.
       sublayers: by kind of sublayer, the parameters of one.
-      ignored: patterns of tensors that may be there and are not read (`fnmatch`), behind the prefix.
+      ignored: patterns of tensors that may be there and are not read (`fnmatch`), behind the prefix; `{num_layers}`
+        stands for the number of layers.
       ignored_outside: patterns of whole names that are not read, such as those of a vision tower.
     """
 
@@ -76,6 +77,31 @@ SWIGLU = (
     Tensor("down.kernel", "mlp.down_proj.weight", MATRIX),
 )
 
+MLA = (
+    Tensor("norm.scale", "input_layernorm.weight"),
+    Tensor("query.kernel", "self_attn.q_proj.weight", MATRIX),
+    Tensor("query_down.kernel", "self_attn.q_a_proj.weight", MATRIX),
+    Tensor("query_norm.scale", "self_attn.q_a_layernorm.weight"),
+    Tensor("query_up.kernel", "self_attn.q_b_proj.weight", MATRIX),
+    Tensor("latent.kernel", "self_attn.kv_a_proj_with_mqa.weight", MATRIX),
+    Tensor("latent_norm.scale", "self_attn.kv_a_layernorm.weight"),
+    Tensor("expand.kernel", "self_attn.kv_b_proj.weight", MATRIX),
+    Tensor("gate.kernel", "self_attn.g_proj.weight", MATRIX),
+    Tensor("out.kernel", "self_attn.o_proj.weight", MATRIX),
+)
+
+MOE = (
+    Tensor("norm.scale", "post_attention_layernorm.weight"),
+    Tensor("router.kernel", "mlp.gate.weight", MATRIX),
+    Tensor("correction_bias", "mlp.gate.e_score_correction_bias", dtype="float32"),
+    Tensor("gate.kernel", "mlp.experts.{expert}.gate_proj.weight", MATRIX),
+    Tensor("up.kernel", "mlp.experts.{expert}.up_proj.weight", MATRIX),
+    Tensor("down.kernel", "mlp.experts.{expert}.down_proj.weight", MATRIX),
+    Tensor("shared.gate.kernel", "mlp.shared_experts.gate_proj.weight", MATRIX),
+    Tensor("shared.up.kernel", "mlp.shared_experts.up_proj.weight", MATRIX),
+    Tensor("shared.down.kernel", "mlp.shared_experts.down_proj.weight", MATRIX),
+)
+
 SITES = (
     Tensor("query", "res_proj.weight", (1,), rank=2),
     Tensor("key_scale", "res_norm.weight"),
@@ -86,7 +112,14 @@ the two sites of a layer, behind `output_attn_` for the readout."""
 BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 """Frequencies that old exports carry along; they follow from the settings."""
 
-DENSE = Table(whole=DECODER, sublayers={"gqa": GQA, "swiglu": SWIGLU}, ignored=(*BUFFERS, "model.mtp*"))
+FURTHER = ("model.mtp*", "model.layers.{num_layers}.*")
+"""Layers of multi-token prediction, where a checkpoint has them: behind the last one."""
 
-TABLES: dict[str, Table] = {"llama": DENSE, "qwen3": DENSE}
+LLAMA = Table(
+    whole=DECODER,
+    sublayers={"gqa": GQA, "mla": MLA, "swiglu": SWIGLU, "moe": MOE},
+    ignored=(*BUFFERS, *FURTHER),
+)
+
+TABLES: dict[str, Table] = {"llama": LLAMA, "qwen3": LLAMA, "qwen3_moe": LLAMA, "deepseek_v3": LLAMA}
 """By `model_type`."""

@@ -32,6 +32,7 @@ class MoE(nnx.Module):
       scaling: see `route`.
       num_groups: see `route`.
       top_groups: see `route`.
+      correction_bias: whether the choice has a score correction.
       biased_weights: see `route`.
       latent_width: what the experts read and write; None: the model's width.
       latent_norm: an RMSNorm between the weighted sum and the up projection.
@@ -56,6 +57,7 @@ class MoE(nnx.Module):
         scaling: float = 1.0,
         num_groups: int = 1,
         top_groups: int = 1,
+        correction_bias: bool = True,
         biased_weights: bool = False,
         latent_width: int | None = None,
         latent_norm: bool = True,
@@ -68,7 +70,7 @@ class MoE(nnx.Module):
         inner = latent_width or width
         self.norm = RMSNorm(width, eps, dtype)
         self.router = Linear(width, num_experts, rngs=rngs)
-        self.correction_bias = nnx.Param(jnp.zeros(num_experts))
+        self.correction_bias = nnx.Param(jnp.zeros(num_experts)) if correction_bias else None
         self.gate = _linears(num_experts, inner, expert_width, rngs)
         self.up = _linears(num_experts, inner, expert_width, rngs)
         self.down = _linears(num_experts, expert_width, inner, rngs)
@@ -92,7 +94,7 @@ class MoE(nnx.Module):
         x = constrain(self.norm(h), *ROW)
         routing = route(
             router_logits(x, self.router.kernel[...]),
-            self.correction_bias[...],
+            None if self.correction_bias is None else self.correction_bias[...],
             self.experts_per_token,
             activation=self.router_activation,
             renormalise=self.renormalise,

@@ -48,7 +48,7 @@ def router_logits(x: Float[Array, "*batch D"], kernel: Float[Array, "D E"]) -> F
 
 def route(
     logits: Float[Array, "*batch E"],
-    bias: Float[Array, " E"],
+    bias: Float[Array, " E"] | None,
     experts_per_token: int,
     *,
     activation: str = "sigmoid",
@@ -62,7 +62,7 @@ def route(
 
     Args:
       logits: of the router, float32.
-      bias: the score correction, added to the scores for the choice; no gradient reaches it.
+      bias: the score correction, added to the scores for the choice; no gradient reaches it. None: no correction.
       experts_per_token: K.
       activation: `sigmoid`, or `softmax` over the experts.
       renormalise: divide the K weights by their sum.
@@ -76,7 +76,7 @@ def route(
       ValueError: if the groups do not divide the experts, or the chosen groups have too few of them.
     """
     scores = SCORES[activation](logits)
-    biased = scores + jax.lax.stop_gradient(bias)
+    biased = scores if bias is None else scores + jax.lax.stop_gradient(bias)
     open_to_choice = _within_groups(jax.lax.stop_gradient(biased), experts_per_token, num_groups, top_groups)
     indices = jax.lax.top_k(open_to_choice, experts_per_token)[1]
     weights = jnp.take_along_axis(biased if biased_weights else scores, indices, axis=-1)

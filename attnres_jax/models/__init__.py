@@ -1,6 +1,6 @@
 """The decoder: layer plan -> segments -> stack; and the families of released models."""
 
-from attnres_jax.models.decoder import Decoder, Trace, head_dim, unrolled
+from attnres_jax.models.decoder import Decoder, Trace, unrolled
 from attnres_jax.models.families import FAMILIES, PRESETS, default_block_size, family_of, preset
 from attnres_jax.models.family import Family
 from attnres_jax.models.parameters import named_leaves, parameter_name
@@ -13,7 +13,6 @@ __all__ = [
     "Trace",
     "default_block_size",
     "family_of",
-    "head_dim",
     "named_leaves",
     "parameter_name",
     "preset",

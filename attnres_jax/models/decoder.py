@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.config import ModelConfig, attention_kinds, mlp_kinds
+from attnres_jax.config import ModelConfig, attention_kinds, head_dim, mlp_kinds
 from attnres_jax.depth import depth_scan, make_rule
 from attnres_jax.layers import (
     KDA,
@@ -164,11 +164,6 @@ def unrolled(
     )
 
 
-def head_dim(config: ModelConfig) -> int:
-    """Width of an attention head."""
-    return config.head_dim or config.width // config.num_heads
-
-
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:
     """The change of rotary frequencies, if there is one."""
     scaling = config.rope_scaling
@@ -263,6 +258,7 @@ def _moe(config: ModelConfig, rngs: nnx.Rngs) -> MoE:
         scaling=moe.scaling,
         num_groups=moe.num_groups,
         top_groups=moe.top_groups,
+        correction_bias=moe.correction_bias,
         biased_weights=moe.biased_weights,
         latent_width=moe.latent_width or None,
         latent_norm=moe.latent_norm,

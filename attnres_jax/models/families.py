@@ -5,11 +5,13 @@ import difflib
 
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
+from attnres_jax.models.deepseek_v3 import DEEPSEEK_V3
 from attnres_jax.models.family import Family
 from attnres_jax.models.llama import LLAMA
 from attnres_jax.models.qwen3 import QWEN3
+from attnres_jax.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, LLAMA)}
+FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, LLAMA, QWEN3_MOE, DEEPSEEK_V3)}
 """Where several can hold a model, the first is the one it is exported as."""
 
 PRESETS: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.presets}

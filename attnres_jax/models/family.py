@@ -4,8 +4,17 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from attnres_jax.config import DepthConfig, ModelConfig, RopeScalingConfig, validate_model
+from attnres_jax.config import (
+    DepthConfig,
+    ModelConfig,
+    RopeScalingConfig,
+    attention_kinds,
+    head_dim,
+    mlp_kinds,
+    validate_model,
+)
 from attnres_jax.errors import ConfigError
+from attnres_jax.pattern import shorten
 
 REQUIRED = object()
 """The default of a key that has none."""
@@ -15,12 +24,14 @@ REQUIRED = object()
 class Key:
     """A setting under its two names; `ours` may lie in a group, as in `moe.num_experts`.
 
-    `default` stands for an absent or null key: a value, a function of the whole `config.json`, or `REQUIRED`.
+    `default` stands for an absent or null key: a value, a function of the whole `config.json`, or `REQUIRED`. `null` is
+    the value of ours that is written as null.
     """
 
     ours: str
     theirs: str
     default: Any = REQUIRED
+    null: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +94,10 @@ class Family:
         """
         values = {"architectures": [self.architecture], "model_type": self.model_type}
         for key in self.keys:
-            values[key.theirs] = _get(config, key.ours)
-        values["head_dim"] = config.head_dim or config.width // config.num_heads
+            value = _get(config, key.ours)
+            values[key.theirs] = None if value == key.null else value
+        if "head_dim" in values:
+            values["head_dim"] = head_dim(config)
         values |= {name: allowed[0] for name, allowed in self.expected.items()}
         values |= write_rope(config) | self.write_more(config)
         values["dtype"] = config.dtype
@@ -97,15 +110,35 @@ class Family:
 
 def same_function(left: ModelConfig, right: ModelConfig) -> list[str]:
     """Names of the settings, of those that `RUNTIME` does not list, in which two models differ: none if they agree."""
-    left, right = (
-        dataclasses.replace(config, head_dim=config.head_dim or config.width // config.num_heads)
-        for config in (left, right)
-    )
+    left, right = canonical(left), canonical(right)
     return [
         field.name
         for field in dataclasses.fields(ModelConfig)
         if field.name not in RUNTIME and getattr(left, field.name) != getattr(right, field.name)
     ]
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The same model with every setting said in one way, and those that no layer reads at their defaults."""
+    default, attention, mlps = ModelConfig(), attention_kinds(config), mlp_kinds(config)
+    changes: dict[str, Any] = {"attention_layers": shorten(attention), "mlp_layers": shorten(mlps)}
+    if "gqa" in attention:
+        changes["head_dim"] = head_dim(config)
+    else:
+        changes |= {key: getattr(default, key) for key in ("num_kv_heads", "head_dim", "qk_norm")}
+    if "gqa" not in attention and not ("mla" in attention and config.mla.rotary):
+        changes |= {key: getattr(default, key) for key in ("rope_theta", "rope_scaling")}
+    if "kda" in attention:
+        changes["kda"] = dataclasses.replace(config.kda, num_heads=config.kda.num_heads or config.num_heads)
+    if "moe" in mlps:
+        moe = config.moe
+        shared = moe.num_shared * (moe.shared_width or moe.expert_width)  # one MLP of so many times the width
+        changes["moe"] = dataclasses.replace(moe, num_shared=min(moe.num_shared, 1), shared_width=shared)
+    if "swiglu" not in mlps:
+        changes["mlp_width"] = default.mlp_width
+    unused = {"mla": attention, "kda": attention, "moe": mlps}
+    changes |= {kind: getattr(default, kind) for kind, kinds in unused.items() if kind not in kinds}
+    return dataclasses.replace(config, **changes)
 
 
 def read_depth(values: Mapping[str, Any], num_layers: int) -> DepthConfig:
@@ -154,16 +187,23 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported; supported: 1.0")
     if kind == "default":
         return {"rope_theta": theta}
-    if kind != "llama3":
-        raise ConfigError(f"{name}.rope_type={kind!r} is not supported; supported: default, llama3")
-    missing = [ours for ours in LLAMA3 if LLAMA3[ours] not in given and ours != "original_length"]
+    if kind not in SCALINGS:
+        raise ConfigError(f"{name}.rope_type={kind!r} is not supported; supported: default, {', '.join(SCALINGS)}")
+    if given.get("attention_factor") is not None:
+        raise ConfigError(f"{name}.attention_factor={given['attention_factor']} is not supported; supported: null")
+    required, optional = SCALINGS[kind]
+    missing = [theirs for theirs in required.values() if theirs not in given]
     if missing:
-        raise ConfigError(f"{name}.{LLAMA3[missing[0]]} is missing, with rope_type='llama3'")
-    original = given.get(LLAMA3["original_length"], values.get("max_position_embeddings"))
+        raise ConfigError(f"{name}.{missing[0]} is missing, with rope_type={kind!r}")
+    original = given.get(ORIGINAL_LENGTH, values.get("max_position_embeddings"))
     if type(original) is not int:
-        raise ConfigError(f"{name}.{LLAMA3['original_length']}={original!r} must be int")
-    factors = {ours: _number(LLAMA3[ours], given[LLAMA3[ours]]) for ours in LLAMA3 if ours != "original_length"}
-    scaling = RopeScalingConfig(kind="llama3", original_length=original, **factors)
+        raise ConfigError(f"{name}.{ORIGINAL_LENGTH}={original!r} must be int")
+    factors = {
+        ours: _number(theirs, given[theirs])
+        for ours, theirs in (required | optional).items()
+        if given.get(theirs) is not None
+    }
+    scaling = RopeScalingConfig(kind=kind, original_length=original, **factors)
     return {"rope_theta": theta, "rope_scaling": scaling}
 
 
@@ -171,20 +211,32 @@ def write_rope(config: ModelConfig) -> dict[str, Any]:
     """The inverse, under the older names, which every version of transformers reads."""
     scaling = config.rope_scaling
     values = {"rope_theta": config.rope_theta, "rope_scaling": None}
-    if scaling.kind == "llama3":
-        values["rope_scaling"] = {"rope_type": "llama3"} | {
-            theirs: getattr(scaling, ours) for ours, theirs in LLAMA3.items()
+    if scaling.kind in SCALINGS:
+        required, optional = SCALINGS[scaling.kind]
+        values["rope_scaling"] = {"rope_type": scaling.kind, ORIGINAL_LENGTH: scaling.original_length} | {
+            theirs: getattr(scaling, ours)
+            for ours, theirs in (required | optional).items()
+            if getattr(scaling, ours)  # 0 is not given
         }
     return values
 
 
-LLAMA3 = {
-    "factor": "factor",
-    "low_frequency_factor": "low_freq_factor",
-    "high_frequency_factor": "high_freq_factor",
-    "original_length": "original_max_position_embeddings",
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+SCALINGS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "llama3": (
+        {
+            "factor": "factor",
+            "low_frequency_factor": "low_freq_factor",
+            "high_frequency_factor": "high_freq_factor",
+        },
+        {},
+    ),
+    "yarn": (
+        {"factor": "factor"},
+        {name: name for name in ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")},
+    ),
 }
-"""The settings of `rope_type` llama3, under our names and theirs."""
+"""For each `rope_type` its settings under our names and theirs: those it must have, and those it may."""
 
 DECODER_KEYS = (
     Key("vocab_size", "vocab_size"),
@@ -254,7 +306,7 @@ def _assemble(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**top)
 
 
-RUNTIME = ("dtype", "remat", "attention", "depth")
+RUNTIME = ("dtype", "remat", "attention", "experts", "depth")
 """How a model is run, and the depth rule, which `write_depth` answers for."""
 
 

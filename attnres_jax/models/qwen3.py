@@ -76,7 +76,8 @@ PRESETS = {
 }
 
 
-def _refuse_windows(values: Mapping[str, Any]) -> dict[str, Any]:
+def refuse_windows(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Sliding-window attention is not supported; no further settings."""
     kinds = values.get("layer_types") or []
     if any(kind != "full_attention" for kind in kinds):
         raise ConfigError(f"layer_types={kinds!r} is not supported; supported: full_attention everywhere")
@@ -94,5 +95,5 @@ QWEN3 = Family(
         "use_sliding_window": (False,),
     },
     presets=PRESETS,
-    read_more=_refuse_windows,
+    read_more=refuse_windows,
 )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from attnres_jax.config import ModelConfig, attention_kinds, mlp_kinds
+from attnres_jax.config import ModelConfig, attention_kinds, head_dim, mlp_kinds
 from attnres_jax.depth import make_rule
 
 PEAK_FLOPS = {
@@ -47,9 +47,9 @@ def forward_flops_per_token(model: ModelConfig, sequence_length: int) -> int:
 
 
 def _gqa(model: ModelConfig, sequence_length: int) -> int:
-    head_dim = model.head_dim or model.width // model.num_heads
-    projections = 2 * model.width * head_dim * 2 * (model.num_heads + model.num_kv_heads)  # query, output; key, value
-    return projections + 2 * 2 * model.num_heads * head_dim * sequence_length
+    width = head_dim(model)
+    projections = 2 * model.width * width * 2 * (model.num_heads + model.num_kv_heads)  # query, output; key, value
+    return projections + 2 * 2 * model.num_heads * width * sequence_length
 
 
 def _mla(model: ModelConfig, sequence_length: int) -> int:

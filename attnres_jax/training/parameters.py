@@ -27,7 +27,8 @@ MODULES = {
     "moe.correction_bias": "router",
     "moe": "experts",
 }
-"""Which group the parameters inside a module belong to, where their own name does not say it; the first match counts."""
+"""Which group the parameters inside a module belong to, where their own name does not say it; the first match
+counts."""
 
 
 def parameter_group(name: str) -> str:

@@ -51,6 +51,11 @@ def test_layers_and_logits_equal_those_of_transformers(case):
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}),
         ("llama", {"rms_norm_eps": 1e-3}),
         ("qwen3", {"rope_parameters": {"rope_type": "default", "rope_theta": 900_000.0}}),
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"rope_interleave": False}),
+        ("deepseek_v3", {"topk_group": 4}),
+        ("deepseek_v3", {"routed_scaling_factor": 1.8}),
+        ("moonlight", {"rms_norm_eps": 1e-6}),
     ],
 )
 def test_settings_that_matter_are_heard(case, changes, tmp_path):
