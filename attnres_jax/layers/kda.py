@@ -117,7 +117,7 @@ class KDA(nnx.Module):
         x = constrain(self.norm(h), "batch", None, None)
         inputs = zip((self.query, self.key, self.value), self._convolutions(), state[:3], strict=True)
         (q, *q_inputs), (k, *k_inputs), (v, *v_inputs) = (
-            conv(linear(x), past, segment_ids) for linear, conv, past in inputs
+            conv(constrain(linear(x), "batch", None, "heads"), past, segment_ids) for linear, conv, past in inputs
         )
         read, memory = delta_rule_by_shard(
             *self._qkv(q, k, v), self.log_decay(x), self._beta(x), state.memory, segment_ids

@@ -7,8 +7,8 @@
     context   the sequence
     tensor    heads and feed-forward channels; the sequence between the matmuls
 
-From the left to the right ever more is sent ever more often. Devices are laid out so that the right ones are neighbours;
-where there are several slices (TPU) or hosts (otherwise), the left ones cross between them.
+In this order ever more is sent ever more often. Devices are laid out so that those along the last axes are neighbours;
+where there are several slices (TPU) or hosts (otherwise), the first axes cross between them.
 """
 
 import math
@@ -37,6 +37,21 @@ def make_mesh(config: Config, devices: Sequence[Any] | None = None) -> Mesh:
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
     return Mesh(device_array(sizes, devices), AXES, axis_types=TYPES)
+
+
+def mesh_that_fits(config: Config) -> Mesh:
+    """The mesh of `config.mesh` if it suits this machine's devices, else one device: to look at a run anywhere."""
+    try:
+        return make_mesh(config)
+    except ConfigError:
+        return one_device_mesh()
+
+
+def describe(mesh: Mesh) -> str:
+    """In words: `devices: 8 x TPU v5 lite as data=2 * fsdp=4`."""
+    kind = mesh.devices.flat[0].device_kind
+    sizes = " * ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
+    return f"devices: {mesh.size} x {kind} as {sizes}" if sizes else f"device: {kind}"
 
 
 def one_device_mesh(device: Any = None) -> Mesh:
@@ -108,7 +123,7 @@ def split_by_tensor(config: Config) -> dict[str, int]:
     """What `tensor` has to divide, by key."""
     model = config.model
     kinds, split = {*attention_kinds(model), *mlp_kinds(model)}, {}
-    if kinds & {"gqa", "mla"} or "kda" in kinds and not model.kda.num_heads:
+    if kinds & {"gqa", "mla"} or ("kda" in kinds and not model.kda.num_heads):
         split["model.num_heads"] = model.num_heads
     if "gqa" in kinds:
         split["model.num_kv_heads"] = model.num_kv_heads
@@ -140,7 +155,7 @@ def device_array(sizes: Sizes, devices: Sequence[Any]) -> np.ndarray:
 
 
 def across(sizes: Sizes, granules: int) -> tuple[Sizes, Sizes]:
-    """(sizes within a slice or host, sizes across them): what crosses is taken from the left of `AXES`."""
+    """(sizes within a slice or host, sizes across them): what crosses is taken from the front of `AXES`."""
     outer = {}
     for axis in AXES:
         outer[axis] = math.gcd(sizes[axis], granules)
@@ -167,7 +182,9 @@ def _nearest(config: Config, num_devices: int) -> str:
     working = (sizes for sizes in _factorisations(num_devices) if next(problems(config, sizes), None) is None)
     best = min(working, key=distance, default=None)
     if best is None:
-        return f"; no mesh of {_devices(num_devices)} works"
+        works = lambda n: any(next(problems(config, sizes), None) is None for sizes in _factorisations(n))  # noqa: E731
+        fewer = next((n for n in range(num_devices - 1, 0, -1) if works(n)), 0)
+        return f"; no mesh of {_devices(num_devices)} works; nearest: {_devices(fewer)}"
     change = [f"mesh.{axis}={best[axis]}" for axis in AXES if asked[axis] not in (best[axis], -1)]
     return f"; nearest: {', '.join(change)}" if change else ""
 
