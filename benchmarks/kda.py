@@ -28,7 +28,7 @@ TOKENS = flags.DEFINE_integer("tokens", 2048, "Tokens of the row.")
 HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of keys and of values.")
 CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens of a chunk.")
-GROUP = flags.DEFINE_integer("group", 8, "Chunks worked on at a time.")
+GROUP = flags.DEFINE_integer("group", None, "Chunks worked on at a time; by default what the layer takes.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; 0 measures memory and compile time alone.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 

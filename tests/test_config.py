@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -14,11 +15,11 @@ from attnres_jax import build_model, load_config
 from attnres_jax.config import Config, arguments, config_from_dict, flatten, read_config, sublayers_in_block
 from attnres_jax.depth import RULES
 from attnres_jax.errors import ConfigError
+from attnres_jax.models import activated_parameters
 
 ROOT = Path(__file__).parents[1]
 TINY = str(ROOT / "configs" / "tiny.py")
-
-
+KIMI = str(ROOT / "configs" / "tiny_kimi.py")
 ABLATIONS = str(ROOT / "configs" / "ablations.py")
 VARIANTS = subprocess.run([sys.executable, ABLATIONS], capture_output=True, text=True, check=True).stdout.split()
 
@@ -44,6 +45,31 @@ def test_every_ablation_of_the_paper_builds_and_no_two_are_the_same():
     }
     with pytest.raises(ConfigError, match="variant='fulll' is unknown; known: baseline, denseformer"):
         load_config(f"{ABLATIONS}:variant=fulll")
+
+
+SCALING = runpy.run_path(str(ROOT / "configs" / "scaling.py"))["SIZES"]
+
+
+@pytest.mark.parametrize("size", SCALING)
+def test_the_scaling_sizes_have_the_papers_parameters(size):
+    """Activated, embeddings excluded, within 4 % of Table 2; the steps take its tokens."""
+    activated, tokens, layers, *_ = SCALING[size]
+    config = load_config(f"{ROOT}/configs/scaling.py:size={size},residual=residual")
+    shapes = jax.eval_shape(lambda: build_model(config.model, rngs=nnx.Rngs(0)))
+    found = activated_parameters(config.model, shapes)
+    print(f"{size}: {found:,} activated, {found / activated - 1:+.1%}")
+    assert abs(found / activated - 1) < 0.02
+    assert config.training.steps * config.data.batch_size * 8192 == pytest.approx(tokens, rel=1e-4)
+    block = load_config(f"{ROOT}/configs/scaling.py:size={size},layers_per_block=3").model
+    assert (block.depth.rule, block.depth.block_size, block.num_layers) == ("block", 6, layers)
+
+
+@pytest.mark.parametrize("name", ["moonlight-16b-a3b", "qwen3-30b-a3b"])
+def test_any_preset_trains_under_any_rule(name):
+    config = build(f"{ROOT}/configs/preset.py:name={name},residual=full,block_size=4")
+    assert (config.model.depth.rule, config.model.depth.block_size, config.model.remat) == ("full", 4, "full")
+    with pytest.raises(ConfigError, match="preset='moonlite' is unknown"):
+        load_config(f"{ROOT}/configs/preset.py:name=moonlite")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.stem)
@@ -106,6 +132,17 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         (TINY, ["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 must not be negative"),
         (TINY, ["metrics.every=0"], "metrics.every=0 must be positive"),
         (TINY, ["optimizer.depth_query_lr_multiplier=-1"], "depth_query_lr_multiplier=-1.0 must not be negative"),
+        (TINY, ["model.attention_layers=gqa,mlaa"], "model.attention_layers='gqa,mlaa': 'mlaa' is unknown; known: gqa"),
+        (TINY, ["model.mlp_layers=moe*,swiglu"], "model.mlp_layers='moe*,swiglu': 'moe*' fills the rest"),
+        (KIMI, ["model.moe.experts_per_token=17"], "nearest: model.moe.experts_per_token=16"),
+        (KIMI, ["model.moe.num_groups=5"], "not divisible by model.moe.num_groups=5; nearest: model.moe.num_groups=4"),
+        (KIMI, ["model.moe.num_groups=16"], "nearest: model.moe.top_groups=2"),
+        (KIMI, ["model.moe.router_activation=relu"], "model.moe.router_activation='relu' is unknown"),
+        (KIMI, ["model.kda.gate_lower_bound=5"], "must be negative, or 0 for the unbounded gate; nearest: -5.0"),
+        (KIMI, ["model.mla.rotary=true", "model.mla.rope_dim=3"], "nearest: model.mla.rope_dim=4"),
+        (KIMI, ["model.mla.latent_dim=0"], "model.mla.latent_dim=0 must be positive"),
+        (KIMI, ["model.experts=fast"], "model.experts='fast' is unknown; known: auto, ragged, sorted, dense"),
+        (KIMI, ["training.router_bias_until=2"], "training.router_bias_until=2.0 must be from 0 to 1"),
         (TINY, ["training.z_loss=-1"], "training.z_loss=-1.0 must not be negative"),
         (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
     ],

@@ -22,6 +22,8 @@ class Binding(NamedTuple):
     """Axis i of that part is axis `axes[i]` there."""
     shape: tuple[int, ...]
     """There."""
+    size: int
+    """How many numbers it holds; with zeros at the end it may be longer."""
     dtype: str | None
     """As in `Tensor`."""
 
@@ -40,7 +42,7 @@ def bind(table: Table, shapes: Mapping[str, Any], plan: Sequence[str]) -> list[B
     bindings = list(_bindings(table, shapes, plan))
     covered = dict.fromkeys(shapes, 0)
     for binding in bindings:
-        covered[binding.ours] += math.prod(binding.shape)
+        covered[binding.ours] += binding.size
     for name, count in covered.items():
         if count != math.prod(shapes[name].shape):
             raise InteropError(f"parameter {name!r} has no name in this format")
@@ -76,9 +78,9 @@ def _rows(rows: Sequence[Tensor], theirs: str, ours: str, shapes, index: tuple[i
             stored = [1] * (row.rank or len(axes))
             for size, axis in zip(part, axes, strict=True):
                 stored[axis] = size
-            yield Binding(
-                theirs + row.theirs.replace("{expert}", str(expert)), name, own, axes, tuple(stored), row.dtype
-            )
+            stored[0] += -stored[0] % row.multiple
+            full_name = theirs + row.theirs.replace("{expert}", str(expert))
+            yield Binding(full_name, name, own, axes, tuple(stored), math.prod(part), row.dtype)
 
 
 def check(table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry], where: Any) -> None:

@@ -1,5 +1,6 @@
 """`config.json`: which family a directory is of, and its model."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -47,13 +48,16 @@ def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Famil
         differing = same_function(there, config)
         if differing:
             raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
-        return family, with_depth(values, config)
+        return family, with_depth(family, values, config)
     except ConfigError as error:
         raise InteropError(str(error)) from None
 
 
-def with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
+def with_depth(family: Family, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """A `config.json` under the depth rule of `config`."""
+    if family.nested:
+        whole = dataclasses.replace(family, nested=None)
+        return {**values, family.nested[0]: with_depth(whole, family.text_settings(values), config)}
     depth = write_depth(config.depth)
     kept = {key: value for key, value in values.items() if key not in DEPTH_KEYS}
     if "attn_res_block_size" in values and not depth:

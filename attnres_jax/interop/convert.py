@@ -67,7 +67,7 @@ def convert(
     sum_sources &= residual == "block"  # no other rule is one of the format, and few have the option
     config = with_rule(config, DepthConfig(rule=residual, block_size=size, sum_sources=sum_sources), directory)
     try:
-        values = with_depth(values, config)
+        values = with_depth(family, values, config)
     except ConfigError as error:
         raise InteropError(str(error)) from None
     shapes = abstract_model(config)

@@ -176,7 +176,10 @@ def is_site(name: str) -> bool:
 def to_theirs(part: np.ndarray, binding: Binding) -> np.ndarray:
     """Part of a parameter in the layout of its tensor."""
     order = np.argsort(binding.axes)
-    return part.transpose(order).reshape(binding.shape)
+    part = part.transpose(order)
+    if part.size < np.prod(binding.shape):
+        part = np.pad(part, [(0, binding.shape[0] - len(part))] + [(0, 0)] * (part.ndim - 1))
+    return part.reshape(binding.shape)
 
 
 def _reader(store: TensorStore, bindings: Sequence[Binding], shape: tuple[int, ...], dtype: np.dtype) -> Callable:

@@ -25,6 +25,10 @@ NUMPY = {
 """dtypes that can be read here."""
 
 STORED = {dtype: name for name, dtype in NUMPY.items()}
+GROUP = 32
+"""Numbers of a row that share an MXFP4 scale (OCP Microscaling Formats, 5.3)."""
+FP4 = np.array([*(0, 0.5, 1, 1.5, 2, 3, 4, 6), *(-0.0, -0.5, -1, -1.5, -2, -3, -4, -6)], np.float32)
+"""The sixteen numbers of E2M1."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -49,6 +53,13 @@ class TensorStore:
             self.entries |= entries
             self.files |= dict.fromkeys(entries, file)
         self._open: dict[str, Any] = {}
+        self._shape = {name: entry.shape for name, entry in self.entries.items()}
+        self._packed = _packed(self.entries)
+        for name, (values, scales) in self._packed.items():
+            rows, half = self.entries.pop(values).shape
+            self.entries[name] = Entry("BF16", (rows, 2 * half), 0, 0)
+            self.entries.pop(scales)
+            self.files[name] = self.files[values]
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor.
@@ -64,6 +75,22 @@ class TensorStore:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or the part of it at `index`: only its bytes are read."""
         self.dtype(name)
+        if name in self._packed:
+            return self._dequantised(*self._packed[name], index or (slice(None), slice(None)))
+        return self._read(name, index)
+
+    def _dequantised(self, values: str, scales: str, index: tuple[slice, ...]) -> np.ndarray:
+        """MXFP4: two numbers a byte, the lower half first, and one power of two for 32 of a row."""
+        rows = index[0]
+        start, stop, _ = index[1].indices(2 * self._shape[values][1])
+        first, last = start // GROUP, -(-stop // GROUP)
+        codes = self._read(values, (rows, slice(first * GROUP // 2, last * GROUP // 2)))
+        powers = self._read(scales, (rows, slice(first, last)))
+        numbers = FP4[np.stack([codes & 15, codes >> 4], -1)].reshape(len(codes), -1, GROUP)
+        scaled = np.ldexp(numbers, powers[..., None].astype(np.int32) - 127).reshape(len(codes), -1)
+        return scaled[:, start - first * GROUP : stop - first * GROUP].astype(NUMPY["BF16"])
+
+    def _read(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
         safetensors, file = need("safetensors"), self.files[name]
         if file not in self._open:
             try:
@@ -71,9 +98,28 @@ class TensorStore:
             except (OSError, safetensors.SafetensorError) as error:
                 raise InteropError(f"{self.directory / file} cannot be read: {error}") from None
         handle = self._open[file]
-        if not index or 0 in self.entries[name].shape:
+        if not index or 0 in self._shape[name]:
             return handle.get_tensor(name)
         return handle.get_slice(name)[index]
+
+
+def _packed(entries: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
+    """The tensors kept as MXFP4, by the name they would have: those of their numbers and of their scales.
+
+    Raises:
+      InteropError: if the two do not belong together.
+    """
+    packed = {}
+    for values, entry in entries.items():
+        name = values.removesuffix("_packed")
+        if name == values or not name.endswith(".weight"):
+            continue
+        scales = entries.get(f"{name}_scale")
+        shape = (*entry.shape[:1], -(-2 * entry.shape[-1] // GROUP)) if len(entry.shape) == 2 else None
+        if scales is None or {entry.dtype, scales.dtype} != {"U8"} or scales.shape != shape or entry.shape[1] % 16:
+            raise InteropError(f"tensor {values!r} is not MXFP4: bytes of [rows, 16 n], and {name}_scale of [rows, n]")
+        packed[name] = (values, f"{name}_scale")
+    return packed
 
 
 def _files(directory: Path) -> dict[str, set[str] | None]:

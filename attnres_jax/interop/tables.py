@@ -23,6 +23,7 @@ class Tensor:
       axes: axis i here is axis `axes[i]` there; `SAME`: the same axes.
       rank: how many axes it has there; those not in `axes` have size 1. 0: no others.
       dtype: what the parameter is held in, and written in, whatever the checkpoint's dtype; None: as stored.
+      multiple: there, the first axis is filled with zeros up to a multiple of this.
     """
 
     ours: str
@@ -30,6 +31,7 @@ class Tensor:
     axes: tuple[int, ...] = SAME
     rank: int = 0
     dtype: str | None = None
+    multiple: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,6 +104,43 @@ MOE = (
     Tensor("shared.down.kernel", "mlp.shared_experts.down_proj.weight", MATRIX),
 )
 
+KDA = (
+    Tensor("norm.scale", "input_layernorm.weight"),
+    Tensor("query.kernel", "self_attn.q_proj.weight", MATRIX),
+    Tensor("key.kernel", "self_attn.k_proj.weight", MATRIX),
+    Tensor("value.kernel", "self_attn.v_proj.weight", MATRIX),
+    Tensor("query_conv.taps", "self_attn.q_conv1d.weight", (2, 0), rank=3),
+    Tensor("key_conv.taps", "self_attn.k_conv1d.weight", (2, 0), rank=3),
+    Tensor("value_conv.taps", "self_attn.v_conv1d.weight", (2, 0), rank=3),
+    Tensor("decay_down.kernel", "self_attn.f_a_proj.weight", MATRIX),
+    Tensor("decay_up.kernel", "self_attn.f_b_proj.weight", MATRIX),
+    Tensor("decay_bias", "self_attn.dt_bias", dtype="float32"),
+    Tensor("beta.kernel", "self_attn.b_proj.weight", MATRIX),
+    Tensor("gate.kernel", "self_attn.g_proj.weight", MATRIX),
+    Tensor("gate_down.kernel", "self_attn.g_a_proj.weight", MATRIX),
+    Tensor("gate_up.kernel", "self_attn.g_b_proj.weight", MATRIX),
+    Tensor("out_norm.scale", "self_attn.o_norm.weight"),
+    Tensor("out.kernel", "self_attn.o_proj.weight", MATRIX),
+)
+RATE = Tensor("log_rate", "self_attn.A_log", (2,), rank=4, dtype="float32")
+PADDED_RATE = Tensor("log_rate", "self_attn.A_log", dtype="float32", multiple=128)
+"""Kimi Linear's and Kimi K3's, which is as long as a vector register is wide."""
+
+BLOCK_SPARSE_MOE = (
+    Tensor("norm.scale", "post_attention_layernorm.weight"),
+    Tensor("router.kernel", "block_sparse_moe.gate.weight", MATRIX),
+    Tensor("correction_bias", "block_sparse_moe.gate.e_score_correction_bias", dtype="float32"),
+    Tensor("gate.kernel", "block_sparse_moe.experts.{expert}.w1.weight", MATRIX),
+    Tensor("up.kernel", "block_sparse_moe.experts.{expert}.w3.weight", MATRIX),
+    Tensor("down.kernel", "block_sparse_moe.experts.{expert}.w2.weight", MATRIX),
+    Tensor("shared.gate.kernel", "block_sparse_moe.shared_experts.gate_proj.weight", MATRIX),
+    Tensor("shared.up.kernel", "block_sparse_moe.shared_experts.up_proj.weight", MATRIX),
+    Tensor("shared.down.kernel", "block_sparse_moe.shared_experts.down_proj.weight", MATRIX),
+    Tensor("latent_down.kernel", "block_sparse_moe.routed_expert_down_proj.weight", MATRIX),
+    Tensor("latent_norm.scale", "block_sparse_moe.routed_expert_norm.weight"),
+    Tensor("latent_up.kernel", "block_sparse_moe.routed_expert_up_proj.weight", MATRIX),
+)
+
 SITES = (
     Tensor("query", "res_proj.weight", (1,), rank=2),
     Tensor("key_scale", "res_norm.weight"),
@@ -121,5 +160,22 @@ LLAMA = Table(
     ignored=(*BUFFERS, *FURTHER),
 )
 
-TABLES: dict[str, Table] = {"llama": LLAMA, "qwen3": LLAMA, "qwen3_moe": LLAMA, "deepseek_v3": LLAMA}
+KIMI_LINEAR = dataclasses.replace(
+    LLAMA, sublayers={"kda": (*KDA, RATE), "mla": MLA, "swiglu": SWIGLU, "moe": BLOCK_SPARSE_MOE}
+)
+KIMI_K3 = dataclasses.replace(
+    KIMI_LINEAR,
+    prefix="language_model.",
+    sublayers={**KIMI_LINEAR.sublayers, "kda": (*KDA, PADDED_RATE)},
+    ignored_outside=("vision_tower.*", "mm_projector.*"),
+)
+
+TABLES: dict[str, Table] = {
+    "llama": LLAMA,
+    "qwen3": LLAMA,
+    "qwen3_moe": LLAMA,
+    "deepseek_v3": LLAMA,
+    "kimi_linear": KIMI_LINEAR,
+    "kimi_k3": KIMI_K3,
+}
 """By `model_type`."""

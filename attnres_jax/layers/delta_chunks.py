@@ -26,6 +26,7 @@ Neumann series, which fails altogether for equal keys.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax.layers.delta_rule import HIGHEST, reset_at_documents, start_state
 
 TILE = 8  # tokens whose levels are one masked product a level: more than needed, in one go (4 and 16 cost the same)
+GROUP_NUMBERS = 2**19  # [G, B, H, C, K]: 2 MiB, where a short row is one group and the loop over groups goes
 FORGET = -1e4  # stands for -inf, which a product with zeros would turn into NaN; exp gives 0 for both
 
 
@@ -49,7 +51,7 @@ def delta_rule_chunkwise(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
-    group: int = 8,
+    group: int | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
 
@@ -64,7 +66,8 @@ def delta_rule_chunkwise(
       initial_state: the state before the first token, which belongs to the row's first document. None: zeros.
       segment_ids: documents, as runs of equal ids; each but the first starts from zeros. None: one document a row.
       chunk: tokens C of a chunk, a power of two from 2 on.
-      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it.
+      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it. None: 8, or
+        more as long as an array of a group has no more than `GROUP_NUMBERS`.
 
     Raises:
       ValueError: if `chunk` is not a power of two.
@@ -74,6 +77,8 @@ def delta_rule_chunkwise(
     log_decay = reset_at_documents(log_decay, segment_ids)
     state, length = start_state(v, log_decay, initial_state), q.shape[1]
     size = min(chunk, max(2, _power_of_two(length)))
+    if group is None:
+        group = max(8, GROUP_NUMBERS // (size * math.prod(state.shape[:3])))
     groups = -(-length // (size * group))
     plan = Plan(size, -(-length // (size * groups)), groups)
     # A padded token keeps the state (g = 0) and writes nothing (beta = 0).
@@ -241,8 +246,8 @@ def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G B H C C"], Float
     masks, size = _tile_masks(decays.tiles.shape[-2]), decays.tiles.shape[-2]
     left, right = _tile_operands(x, decays)
     products = _by_kind(_matmul_nt(left, right, HIGHEST))
-    products = sum(mask[:, None] * products[..., level, :, :, :] for level, mask in enumerate(masks))
-    inverse = _unit_inverse(products[..., 0, :])
+    products = [mask[:, None] * products[..., level, :, :, :] for level, mask in enumerate(masks)]
+    inverse, products = _unit_inverse([x[..., 0, :] for x in products]), sum(products)
     scores = products[..., 1, :] + _tiles(x.own[..., None], size) * jnp.eye(size, dtype=x.own.dtype)
     for left, right in _pair_operands(x, decays):
         products = _by_kind(_matmul_nt(left, right, HIGHEST))
@@ -373,13 +378,16 @@ def _everywhere(constant: np.ndarray, like: Array) -> Array:
     return jnp.broadcast_to(jnp.asarray(constant, like.dtype), (*like.shape[:-2], *constant.shape))
 
 
-def _unit_inverse(lower: Float[Array, "*batch n n"]) -> Float[Array, "*batch n n"]:
-    """(I + lower)^-1 of a strictly lower triangle; what else is in the matrix is not read."""
-    size = lower.shape[-1] // 2
-    if not size:
-        return jnp.ones_like(lower)
-    blocks = _unit_inverse(jnp.stack([lower[..., :size, :size], lower[..., size:, size:]], -3))
-    return _merge_inverse(blocks[..., 0, :, :], lower[..., size:, :size], blocks[..., 1, :, :])
+def _unit_inverse(by_level: Sequence[Float[Array, "*batch n n"]]) -> Float[Array, "*batch n n"]:
+    """(I + L)^-1 of a strictly lower triangle, given by what of it pairs the blocks of each level, zero elsewhere.
+
+    With D the inverse of the blocks on the diagonal, D - D X D merges all pairs at once: of matrices this small one
+    whole product costs less than slices, products of parts and their concatenation.
+    """
+    inverse = jnp.eye(by_level[0].shape[-1], dtype=by_level[0].dtype) - by_level[0]
+    for pairs in by_level[1:]:
+        inverse -= _matmul(inverse, _matmul(pairs, inverse, HIGHEST), HIGHEST)
+    return inverse
 
 
 def _merge_inverse(above, corner, below):

@@ -3,7 +3,7 @@
 from attnres_jax.models.decoder import Decoder, Trace, unrolled
 from attnres_jax.models.families import FAMILIES, PRESETS, default_block_size, family_of, preset
 from attnres_jax.models.family import Family
-from attnres_jax.models.parameters import named_leaves, parameter_name
+from attnres_jax.models.parameters import activated_parameters, named_leaves, parameter_name
 
 __all__ = [
     "FAMILIES",
@@ -11,6 +11,7 @@ __all__ = [
     "Decoder",
     "Family",
     "Trace",
+    "activated_parameters",
     "default_block_size",
     "family_of",
     "named_leaves",

@@ -7,11 +7,15 @@ from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import DEEPSEEK_V3
 from attnres_jax.models.family import Family
+from attnres_jax.models.kimi_k3 import KIMI_K3
+from attnres_jax.models.kimi_linear import KIMI_LINEAR
 from attnres_jax.models.llama import LLAMA
 from attnres_jax.models.qwen3 import QWEN3
 from attnres_jax.models.qwen3_moe import QWEN3_MOE
 
-FAMILIES: dict[str, Family] = {family.model_type: family for family in (QWEN3, LLAMA, QWEN3_MOE, DEEPSEEK_V3)}
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (QWEN3, LLAMA, QWEN3_MOE, DEEPSEEK_V3, KIMI_LINEAR, KIMI_K3)
+}
 """Where several can hold a model, the first is the one it is exported as."""
 
 PRESETS: dict[str, Family] = {name: family for family in FAMILIES.values() for name in family.presets}
@@ -41,8 +45,9 @@ def preset(name: str, residual: str = "residual", block_size: int = 0) -> ModelC
 
 
 def default_block_size(num_layers: int) -> int:
-    """Sublayers in a block, for about eight blocks of whole layers (paper, section 5)."""
-    return 2 * -(-num_layers // 8)
+    """Sublayers in a block of whole layers, for as nearly eight blocks as there can be (paper, section 5)."""
+    layers = min(range(1, num_layers + 1), key=lambda layers: abs(-(-num_layers // layers) - 8))
+    return 2 * layers
 
 
 def family_of(config: ModelConfig) -> Family:

@@ -56,6 +56,7 @@ class Family:
       presets: the released sizes.
       read_more: further settings of ours from a `config.json`.
       write_more: the inverse.
+      nested: where the settings of the text model lie in a `config.json` that has more, and their `model_type` there.
     """
 
     model_type: str
@@ -66,6 +67,7 @@ class Family:
     presets: Mapping[str, Preset]
     read_more: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda values: {}
     write_more: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}
+    nested: tuple[str, str] | None = None
 
     def read(self, values: Mapping[str, Any]) -> ModelConfig:
         """The model that a `config.json` describes.
@@ -73,6 +75,7 @@ class Family:
         Raises:
           ConfigError: naming the setting that is missing, of a wrong type, or not supported.
         """
+        values = self.text_settings(values)
         for name, allowed in self.expected.items():
             if values.get(name, allowed[0]) not in allowed:
                 raise ConfigError(f"{name}={values[name]!r} is not supported; supported: {_words(allowed)}")
@@ -92,7 +95,7 @@ class Family:
         Raises:
           ConfigError: if the family has no place for one of its settings.
         """
-        values = {"architectures": [self.architecture], "model_type": self.model_type}
+        values: dict[str, Any] = {}
         for key in self.keys:
             value = _get(config, key.ours)
             values[key.theirs] = None if value == key.null else value
@@ -102,10 +105,26 @@ class Family:
         values |= write_rope(config) | self.write_more(config)
         values["dtype"] = config.dtype
         values |= write_depth(config.depth)
+        if self.nested:
+            values = {self.nested[0]: {"model_type": self.nested[1]} | values}
+        values = {"architectures": [self.architecture], "model_type": self.model_type} | values
         lost = same_function(self.read(values), config)
         if lost:
             raise ConfigError(f"model.{lost[0]}={_get(config, lost[0])!r} has no place in the {self.model_type} format")
         return values
+
+    def text_settings(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The part of a `config.json` that describes the text model.
+
+        Raises:
+          ConfigError: if it is not there.
+        """
+        if self.nested is None:
+            return values
+        text = values.get(self.nested[0])
+        if not isinstance(text, Mapping):
+            raise ConfigError(f"{self.nested[0]} is missing")
+        return text
 
 
 def same_function(left: ModelConfig, right: ModelConfig) -> list[str]:

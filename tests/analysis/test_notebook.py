@@ -51,6 +51,21 @@ def test_depth_rules_are_trained_drawn_and_measured(small, execute):
     assert table["rezero"][2] > 0.9  # sharpness: it starts as the identity
 
 
+def test_a_residual_model_is_converted_proved_and_fine_tuned(small, execute):
+    printed, pictures = execute(
+        "03_convert", ATTNRES_SETTINGS=" ".join([*small, "training.steps=4", "model.num_layers=3"]), ATTNRES_STEPS="4"
+    )
+    assert len(pictures) == 1
+    lines = printed.splitlines()
+    assert "3 layers of width" in printed and "depth rule residual" in printed
+    logits = float(next(line for line in lines if line.startswith("logits: ")).split()[1])
+    assert logits < 2e-5
+    queries = next(line for line in lines if line.startswith("queries: ")).split()
+    assert float(queries[3]) == 0 < float(queries[5])
+    assert "reloaded bit for bit: True" in printed
+    assert "the queries are not zero" in lines[-1]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_are_kept_without_outputs(path):
     notebook = nbformat.read(path, as_version=4)

@@ -14,7 +14,7 @@ from attnres_jax import ModelConfig, build_model
 from attnres_jax.config import DepthConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
-CASES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight")
+CASES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "kimi_linear")
 TINY = ModelConfig(
     vocab_size=40,
     width=16,

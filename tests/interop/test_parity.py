@@ -55,7 +55,6 @@ def test_layers_and_logits_equal_those_of_transformers(case):
         ("deepseek_v3", {"rope_interleave": False}),
         ("deepseek_v3", {"topk_group": 4}),
         ("deepseek_v3", {"routed_scaling_factor": 1.8}),
-        ("moonlight", {"rms_norm_eps": 1e-6}),
     ],
 )
 def test_settings_that_matter_are_heard(case, changes, tmp_path):

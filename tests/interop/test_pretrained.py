@@ -22,6 +22,10 @@ from attnres_jax.models import named_leaves
 
 RESIDUAL = dataclasses.replace(TINY, depth=DepthConfig(rule="residual", block_size=2))
 
+WIDE = ("correction_bias", "A_log", "dt_bias")
+HELD_WIDE = ("correction_bias", "log_rate", "decay_bias")
+"""Held, and released, in float32."""
+
 
 def logits(model):
     return jax.jit(lambda model, tokens: model(tokens))(model, tokens())
@@ -39,12 +43,12 @@ def refused(directory, **options):
 def test_load_and_export_give_the_same_bytes(case, dtype, tmp_path):
     directory = copy(case, tmp_path / "in")
     kind = np.dtype(dtype if dtype != "bfloat16" else jax.numpy.bfloat16)
-    halved = lambda held: {name: x.astype(kind) for name, x in held.items() if "correction_bias" not in name}  # noqa: E731
-    rewrite(directory, lambda held: held.update(halved(held)))  # released score corrections are float32
+    halved = lambda held: {name: x.astype(kind) for name, x in held.items() if not name.endswith(WIDE)}  # noqa: E731
+    rewrite(directory, lambda held: held.update(halved(held)))
     edit_config(directory, dtype=dtype)
     model = load_pretrained(directory)
     for name, leaf in named_leaves(model).items():
-        assert leaf.dtype == (np.float32 if name.endswith("correction_bias") else kind)
+        assert leaf.dtype == (np.float32 if name.endswith(HELD_WIDE) else kind)
     save_pretrained(model, tmp_path / "out")
     assert same_bytes(tensors(tmp_path / "out"), tensors(directory))
     wide = load_pretrained(directory, param_dtype="float32", dtype="float32")

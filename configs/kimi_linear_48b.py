@@ -1,0 +1,34 @@
+"""Kimi Linear 48B-A3B as the paper trained it (Attention Residuals, section 5.2), under any depth rule.
+
+Command:  python train.py --config=configs/kimi_linear_48b.py:residual=block --workdir=runs/kimi_linear_48b
+            --config.data.source=text --config.data.files='corpus/*.jsonl'
+Hardware: a TPU v5p-128 or larger; a CPU builds the shapes alone
+Time:     not measured
+Expected: the paper's benchmarks after 1.4T tokens (its Table 3); no run has been made here
+
+Blocks of three layers: nine and the embedding, ten sources. A batch is 8M tokens, as there. The paper's optimizer is
+Muon under a warm-up-stable-decay schedule, and its learning rate is not stated: AdamW, a cosine and Kimi Linear's own
+rate stand in for them.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from attnres_jax.config import arguments, default_config, sublayers_in_block
+from attnres_jax.models import preset
+
+
+def get_config(argument: str = ""):
+    """`residual`: a depth rule, `block_size` in sublayers or `layers_per_block`, `seed`."""
+    args = arguments(argument, residual="block", block_size=0, layers_per_block=0, seed=0)
+    config = default_config()
+    config.name = f"kimi_linear_48b_{args.residual}"
+    config.seed = args.seed
+    block_size = sublayers_in_block(args.block_size, args.layers_per_block, default=6)
+    config.model = ConfigDict(dataclasses.asdict(preset("kimi-linear-48b-a3b", args.residual, block_size)))
+    config.model.remat = "full"
+    config.data.update(sequence_length=4096, batch_size=2048)
+    config.training.update(steps=119_209, log_every=10, eval_every=1000, checkpoint_every=1000)
+    config.optimizer.update(learning_rate=1.1e-3, final_learning_rate=1.1e-4, warmup_steps=2000)
+    return config
