@@ -17,11 +17,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The tokens' rows."""
-        return constrain(jnp.take(self.table[...], tokens, axis=0).astype(self.dtype), *HIDDEN)
+        return constrain(jnp.take(self._table(), tokens, axis=0).astype(self.dtype), *HIDDEN)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The table as an output head; float32."""
-        table, h = self.table[...].astype(h.dtype), constrain(h, *ROW)
-        return constrain(
-            jnp.einsum("btd,vd->btv", h, table, preferred_element_type=jnp.float32), "batch", "length", "vocab"
-        )
+        h = constrain(h, *ROW)
+        logits = jnp.einsum("btd,vd->btv", h, self._table().astype(h.dtype), preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "length", "vocab")
+
+    def _table(self) -> Float[Array, "V D"]:
+        """Whole in D: devices that split it have tokens of their own to look up."""
+        return constrain(self.table[...], "vocab", None)

@@ -175,9 +175,9 @@ def _nearest(config: Config, num_devices: int) -> str:
     """The working mesh that differs least, as what to change."""
     asked = asked_sizes(config.mesh)
 
-    def distance(sizes: Sizes) -> tuple[float, ...]:
+    def distance(sizes: Sizes) -> tuple[int, float]:
         changes = [abs(math.log2(sizes[axis] / asked[axis])) for axis in AXES if asked[axis] > 0]
-        return sum(change > 0 for change in changes), sum(changes)
+        return sum(change > 0 for change in changes), math.fsum(changes)
 
     working = (sizes for sizes in _factorisations(num_devices) if next(problems(config, sizes), None) is None)
     best = min(working, key=distance, default=None)

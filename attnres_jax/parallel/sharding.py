@@ -4,7 +4,8 @@
                the same work, and inside tokens are exchanged over it.
     sequence   tokens by position, in hidden states and the bank: also over `tensor`, between the matmuls
     length     tokens by position inside a sublayer, where every device of `tensor` has its own heads of all of them
-    width      of parameters: split over `fsdp`, and put together where they are used
+    width      of parameters: split over `fsdp`, and put together where they are used; those of no expert over `expert`
+               too, whose devices have rows of their own like those of `fsdp`
 
 A logical axis that its mesh axes do not divide is whole on every device; `python -m attnres_jax.parallel.show` prints
 what came of it.
@@ -31,8 +32,8 @@ TABLE: Table = (
     ("mlp", ("tensor",)),
     ("vocab", ("tensor",)),
     ("experts", ("expert",)),
-    ("width", ("fsdp",)),
-    ("rank", ("fsdp",)),
+    ("width", ("fsdp", "expert")),
+    ("rank", ("fsdp", "expert")),
 )
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
