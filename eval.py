@@ -13,6 +13,7 @@ from attnres_jax.config import read_config
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation import evaluate
 from attnres_jax.interop import load_pretrained
+from attnres_jax.parallel import mesh_that_fits, put_whole, use_mesh
 from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
@@ -26,12 +27,14 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments or overrides:
         raise flags.Error(f"{(arguments + overrides)[0]!r} is not understood; the config is that of the workdir")
     workdir = Path(WORKDIR.value)
-    enable_compilation_cache(read_config(workdir / "config.json").data)
+    config = read_config(workdir / "config.json")
+    enable_compilation_cache(config.data)
+    mesh = mesh_that_fits(config)
     if PRETRAINED.value is None:
-        config, model, step = restore_model(workdir, STEP.value)
+        config, model, step = restore_model(workdir, STEP.value, mesh)
         name = f"{workdir} at step {step}"
     else:
-        config, model, name = read_config(workdir / "config.json"), load_pretrained(PRETRAINED.value), PRETRAINED.value
+        model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
         if model.config.vocab_size != config.model.vocab_size:
             raise flags.Error(
                 f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
@@ -41,7 +44,9 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         with open_checkpoints(workdir) as checkpoints:
             checkpoints.check_text(step, text.fingerprint)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
-    result = evaluate(model, batches, text.token_bytes, splits=config.training.accumulation)
+    with use_mesh(mesh):
+        placed = [put_whole(mesh, batch) for batch in batches]
+        result = evaluate(model, placed, text.token_bytes, splits=config.training.accumulation)
     print(
         f"{name}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"

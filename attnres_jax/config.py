@@ -226,6 +226,24 @@ class MetricsConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices by axis: `parallel/mesh.py`. Their product is the number of devices; one axis may be -1, all the rest."""
+
+    data: int = -1
+    """Parts of the batch, on each the whole model."""
+    fsdp: int = 1
+    """Parts of the batch, and of every parameter."""
+    tensor: int = 1
+    """Parts of the heads and feed-forward channels; between the matmuls, of the sequence."""
+    expert: int = 1
+    """Parts of the batch, and of the experts."""
+    stage: int = 1
+    """Parts of the layers."""
+    context: int = 1
+    """Parts of the sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """One experiment."""
 
@@ -236,6 +254,7 @@ class Config:
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     metrics: MetricsConfig = MetricsConfig()
+    mesh: MeshConfig = MeshConfig()
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -362,6 +381,7 @@ def validate(config: Config) -> None:
     _not_negative("training", training, "z_loss", "router_balance_loss", "router_z_loss", "router_bias_rate")
     if not 0 <= training.router_bias_until <= 1:
         raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")
+    _validate_mesh(config.mesh)
     if not 1 <= data.heldout_percent <= 50:
         raise ConfigError(f"data.heldout_percent={data.heldout_percent} must be from 1 to 50")
     if data.source == "text" and not data.files:
@@ -513,6 +533,17 @@ def _validate_moe(moe: MoEConfig) -> None:
             f"{moe.experts_per_token}, or are more than model.moe.num_groups={moe.num_groups}; "
             f"nearest: model.moe.top_groups={min(moe.num_groups, -(-moe.experts_per_token // size))}"
         )
+
+
+def _validate_mesh(mesh: MeshConfig) -> None:
+    """What no number of devices makes possible; the rest is `parallel.mesh_sizes`'s."""
+    sizes = dataclasses.asdict(mesh)
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ConfigError(f"mesh.{axis}={size} must be positive, or -1 for all other devices; nearest: 1")
+    filled = [axis for axis, size in sizes.items() if size == -1]
+    if len(filled) > 1:
+        raise ConfigError(f"mesh.{filled[1]}=-1: mesh.{filled[0]} is -1 too, and one axis alone can be; nearest: 1")
 
 
 def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:

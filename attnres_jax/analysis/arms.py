@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from attnres_jax.analysis.runs import Run, RunError
-from attnres_jax.config import flatten
+from attnres_jax.config import MeshConfig, flatten
 
 # Keys that do not change what is trained.
 _BOOKKEEPING = (
@@ -17,6 +17,7 @@ _BOOKKEEPING = (
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
+    *(f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)),
 )
 
 

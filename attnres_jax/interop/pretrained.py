@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
@@ -23,6 +24,7 @@ from attnres_jax.interop.output import new_directory
 from attnres_jax.interop.store import STORED, TensorStore, write_tensors
 from attnres_jax.interop.tables import TABLES
 from attnres_jax.models import Decoder, default_block_size, named_leaves
+from attnres_jax.parallel import parameter_sharding
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -46,7 +48,8 @@ def load_pretrained(
       directory_or_repo_id: a directory with `config.json` and safetensors, or a repository of the hub.
       residual: the depth rule for a checkpoint of the plain residual, by name (then with about eight blocks) or with
         all its options; its parameters are new, and zero queries make the same function. None: as `config.json` says.
-      mesh: devices to spread every parameter over, along its largest axis that they divide; None: the first device.
+      mesh: from `parallel.make_mesh`, where every parameter goes as in training; or of any other axes: every
+        parameter is spread along its largest axis that the devices divide. None: the first device.
       dtype: of activations, float32 or bfloat16; None: as `config.json` says.
       param_dtype: of parameters; None: as stored, which exports to the same bytes. For fine-tuning: float32.
       sharding: from a parameter's name and shape to where it goes, in the place of `mesh`.
@@ -69,7 +72,7 @@ def load_pretrained(
     check(table, bindings, store.entries, directory)
     _check_tied_head(store, tied_head(table, bindings, store.entries), embedding_name(bindings))
     if sharding is None:
-        sharding = (lambda name, shape: spread(mesh, shape)) if mesh else _first_device
+        sharding = partial(parameter_sharding, mesh) if mesh else _first_device
     by_parameter: dict[str, list[Binding]] = {}
     for binding in bindings:
         by_parameter.setdefault(binding.ours, []).append(binding)
@@ -168,15 +171,6 @@ def abstract_model(config: ModelConfig) -> Decoder:
 def is_site(name: str) -> bool:
     """Whether a parameter is one of the depth rule's."""
     return name.startswith("sites.")
-
-
-def spread(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
-    """Over all devices along the largest axis that they divide; what they do not divide is on every device."""
-    fitting = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 0]
-    if not fitting:
-        return NamedSharding(mesh, PartitionSpec())
-    axis = max(fitting, key=lambda axis: (shape[axis], axis))
-    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
 
 
 def to_theirs(part: np.ndarray, binding: Binding) -> np.ndarray:

@@ -4,6 +4,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnres_jax.axes import HIDDEN, ROW, constrain
 from attnres_jax.layers.context import Context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.norm import RMSNorm
@@ -11,7 +12,10 @@ from attnres_jax.layers.rotary import rotate
 
 
 class GroupedQueryAttention(nnx.Module):
-    """Causal self-attention; `num_kv_heads` key and value heads serve `num_heads` query heads."""
+    """Causal self-attention; `num_kv_heads` key and value heads serve `num_heads` query heads.
+
+    Where the sequence is split over devices, each has its own queries and the keys and values of all tokens.
+    """
 
     def __init__(
         self,
@@ -38,13 +42,15 @@ class GroupedQueryAttention(nnx.Module):
 
     def __call__(self, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Attends within the row's documents."""
-        x = self.norm(h)
+        x = constrain(self.norm(h), *ROW)
         query, key, value = (
             y.reshape(*y.shape[:2], -1, self.head_dim) for y in (self.query(x), self.key(x), self.value(x))
         )
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
+        query = constrain(query, "batch", "length", "heads", None)
+        key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
         y = jax.nn.dot_product_attention(
             query,
             key,
@@ -53,7 +59,7 @@ class GroupedQueryAttention(nnx.Module):
             is_causal=True,
             implementation=attention_implementation(self.implementation, query.dtype),
         )
-        return self.out(y.reshape(*y.shape[:2], -1))
+        return constrain(self.out(constrain(y.reshape(*y.shape[:2], -1), "batch", "length", "heads")), *HIDDEN)
 
 
 def attention_implementation(name: str, dtype: jax.typing.DTypeLike) -> str:

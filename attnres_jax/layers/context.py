@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from attnres_jax.axes import constrain
 from attnres_jax.layers.rotary import RopeScaling, rotary_tables
 
 
@@ -27,8 +28,9 @@ def make_context(
     theta: float,
     scaling: RopeScaling | None = None,
 ) -> Context:
-    """The context of a batch; without `positions`, they count from 0 in every row."""
+    """The context of a batch; without `positions`, they count from 0 in every row. Masks are split by the query."""
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     same = None if segment_ids is None else (segment_ids[:, :, None] == segment_ids[:, None, :])[:, None]
+    same = None if same is None else constrain(same, "batch", None, "length", None)
     return Context(*rotary_tables(positions, head_dim, theta, scaling), same, segment_ids)

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import HIDDEN, ROW, constrain
+
 
 class Embedding(nnx.Module):
     """A table [V, D] drawn from N(0, 0.02)."""
@@ -15,8 +17,14 @@ class Embedding(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The tokens' rows."""
-        return jnp.take(self.table[...], tokens, axis=0).astype(self.dtype)
+        return constrain(jnp.take(self._table(), tokens, axis=0).astype(self.dtype), *HIDDEN)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """The table as an output head; float32."""
-        return jnp.einsum("btd,vd->btv", h, self.table[...].astype(h.dtype), preferred_element_type=jnp.float32)
+        h = constrain(h, *ROW)
+        logits = jnp.einsum("btd,vd->btv", h, self._table().astype(h.dtype), preferred_element_type=jnp.float32)
+        return constrain(logits, "batch", "length", "vocab")
+
+    def _table(self) -> Float[Array, "V D"]:
+        """Whole in D: devices that split it have tokens of their own to look up."""
+        return constrain(self.table[...], "vocab", None)

@@ -36,6 +36,7 @@ def experts(
     *,
     activation: str = "silu",
     implementation: str = "auto",
+    first: int | Int[Array, ""] | None = None,
 ) -> Float[Array, "N D"]:
     """sum_k weights[n, k] * expert_(indices[n, k])(x[n]), where an expert is down(act(gate x, up x)).
 
@@ -48,6 +49,8 @@ def experts(
       down: see `gate`.
       activation: a key of `GATES`.
       implementation: one of `IMPLEMENTATIONS`.
+      first: the kernels are those of the experts from this one on, and there are others elsewhere, whose part of the
+        sum is left out. None: they are all.
 
     Returns:
       The weighted sum, accumulated in and returned as float32 (float64 for float64 tokens).
@@ -57,13 +60,20 @@ def experts(
     """
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"no implementation of experts {implementation!r}; there are {', '.join(IMPLEMENTATIONS)}")
+    if first is not None:  # an expert that is not here gets the number E, behind all others
+        here = (indices >= first) & (indices < first + len(gate))
+        indices, weights = jnp.where(here, indices - first, len(gate)), jnp.where(here, weights, 0)
     if implementation == "dense":
         return _dense(x, indices, weights, gate, up, down, activation)
     order, inverse, counts = sort_by_expert(indices.reshape(-1), len(gate))
     rows = dispatch(x, order, inverse, indices.shape[1])
+    # What a grouped product leaves in rows of no expert is not defined, neither forward nor backward.
+    own = (jnp.arange(len(rows)) < jnp.sum(counts))[:, None]
+    kept = (lambda rows: rows) if first is None else lambda rows: jnp.where(own, rows, 0)
+    rows = kept(rows)
     product = functools.partial(grouped_matmul, counts=counts, implementation=implementation)
     hidden = GATES[activation](product(rows, gate), product(rows, up))
-    return combine(product(hidden, down), weights, order, inverse)
+    return combine(kept(product(hidden, down)), weights, order, inverse)
 
 
 def _dense(x, indices, weights, gate, up, down, activation):

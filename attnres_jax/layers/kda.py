@@ -6,8 +6,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import HIDDEN, constrain, mesh_axes_of, per_shard
 from attnres_jax.layers.context import Context
 from attnres_jax.layers.convolution import ShortConvolution
 from attnres_jax.layers.delta_chunks import delta_rule_chunkwise
@@ -36,6 +38,10 @@ class KDA(nnx.Module):
     (Kimi Linear), and gate_lower_bound * sigmoid(exp(log_rate) (a + decay_bias)) with one (K3: -5). What a head reads
     is RMS-normalised and multiplied with the sigmoid of gate(x), or of the low-rank gate_up(gate_down(x)). Gates,
     norms and state are float32.
+
+    Where the sequence is split over devices it is put together first, and devices that differ in nothing but their part
+    of it all compute the whole row: states pass along the row, and passing them from device to device would leave all
+    but one waiting. Heads are split.
     """
 
     def __init__(
@@ -77,7 +83,7 @@ class KDA(nnx.Module):
 
     def __call__(self, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Reads within the row's documents."""
-        return self._run(h, self.init_state(len(h)), context.segment_ids)[0]
+        return constrain(self._run(h, self.init_state(len(h)), context.segment_ids)[0], *HIDDEN)
 
     def prefill(
         self, h: Float[Array, "B T D"], state: KDAState | None = None
@@ -108,12 +114,12 @@ class KDA(nnx.Module):
         return self.gate_lower_bound * jax.nn.sigmoid(rate * logits)
 
     def _run(self, h, state: KDAState, segment_ids: Int[Array, "B T"] | None):
-        x = self.norm(h)
+        x = constrain(self.norm(h), "batch", None, None)
         inputs = zip((self.query, self.key, self.value), self._convolutions(), state[:3], strict=True)
         (q, *q_inputs), (k, *k_inputs), (v, *v_inputs) = (
-            conv(linear(x), past, segment_ids) for linear, conv, past in inputs
+            conv(constrain(linear(x), "batch", None, "heads"), past, segment_ids) for linear, conv, past in inputs
         )
-        read, memory = delta_rule_chunkwise(
+        read, memory = delta_rule_by_shard(
             *self._qkv(q, k, v), self.log_decay(x), self._beta(x), state.memory, segment_ids
         )
         return self._output(read, x), KDAState(*q_inputs, *k_inputs, *v_inputs, memory)
@@ -133,6 +139,17 @@ class KDA(nnx.Module):
         logits = self.gate(x) if self.gate is not None else self.gate_up(self.gate_down(x))
         gate = jax.nn.sigmoid(logits.astype(jnp.float32)).reshape(read.shape)
         return self.out((self.out_norm(read) * gate).astype(self.dtype).reshape(*x.shape[:-1], -1))
+
+
+def delta_rule_by_shard(q, k, v, log_decay, beta, state, segment_ids):
+    """`delta_rule_chunkwise` of each device's own rows and heads, which have nothing to do with each other's."""
+    axes = mesh_axes_of(batch=q.shape[0], heads=q.shape[2])
+    if not axes:
+        return delta_rule_chunkwise(q, k, v, log_decay, beta, state, segment_ids)
+    row, state_spec = P(axes["batch"], None, axes["heads"]), P(axes["batch"], axes["heads"])
+    ins = [row] * 5 + [state_spec] + ([] if segment_ids is None else [P(axes["batch"])])
+    arrays = (q, k, v, log_decay, beta, state) + (() if segment_ids is None else (segment_ids,))
+    return per_shard(delta_rule_chunkwise, ins, (row, state_spec))(*arrays)
 
 
 def _l2_normalise(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

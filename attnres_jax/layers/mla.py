@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import HIDDEN, ROW, constrain
 from attnres_jax.layers.context import Context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.norm import RMSNorm
@@ -34,6 +35,8 @@ class MLACache(NamedTuple):
 
 class MLA(nnx.Module):
     """Causal self-attention through a latent; the softmax scale is (nope_dim + rope_dim)^-1/2 * scale_multiplier.
+
+    Where the sequence is split over devices, each has its own queries and the latents of all tokens.
 
     Args:
       width: D.
@@ -94,7 +97,7 @@ class MLA(nnx.Module):
 
     def __call__(self, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Attends within the row's documents; the full form."""
-        return self._full(self.norm(h), context)[0]
+        return constrain(self._full(constrain(self.norm(h), *ROW), context)[0], *HIDDEN)
 
     def empty_cache(self, batch: int, capacity: int) -> MLACache:
         """A cache with nothing in it and `capacity` places a row."""
@@ -154,6 +157,8 @@ class MLA(nnx.Module):
 
     def _full(self, x, context):
         (query, shared_query), (latent, shared_key) = self._queries(x, context), self._latents(x, context)
+        query, shared_query = (constrain(y, "batch", "length", "heads", None) for y in (query, shared_query))
+        latent, shared_key = (constrain(y, "batch", None, None) for y in (latent, shared_key))
         expanded = self.expand(latent).reshape(*x.shape[:2], self.num_heads, -1)
         key, value = expanded[..., : self.nope_dim], expanded[..., self.nope_dim :]
         seen = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
@@ -161,7 +166,8 @@ class MLA(nnx.Module):
         # The shared part enters as a product of its own: no copy of it for every head.
         scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
         weights = self._softmax(scores, shared_query, shared_key, seen).astype(x.dtype)
-        return self._out(jnp.einsum("bhts,bshv->bthv", weights, value), x), latent, shared_key
+        y = constrain(jnp.einsum("bhts,bshv->bthv", weights, value), "batch", "length", "heads", None)
+        return self._out(y, x), latent, shared_key
 
     def _queries(self, x, context):
         """[B, T, H, nope_dim] and [B, T, H, rope_dim]."""

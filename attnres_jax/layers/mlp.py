@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnres_jax.axes import HIDDEN, ROW, constrain
 from attnres_jax.layers.context import Context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.norm import RMSNorm
@@ -41,7 +42,9 @@ class GatedMLP(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
         """Maps each position on its own."""
-        return self.down(GATES[self.activation](self.gate(x), self.up(x)))
+        x = constrain(x, *ROW)
+        hidden = GATES[self.activation](self.gate(x), self.up(x))
+        return constrain(self.down(constrain(hidden, "batch", "length", "mlp")), *HIDDEN)
 
 
 class SwiGLU(GatedMLP):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnres_jax.axes import HIDDEN, ROW, constrain
 from attnres_jax.layers.context import Context
-from attnres_jax.layers.experts import experts
+from attnres_jax.layers.expert_exchange import experts_across_devices
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.mlp import GatedMLP
 from attnres_jax.layers.norm import RMSNorm
@@ -90,7 +91,7 @@ class MoE(nnx.Module):
 
     def __call__(self, h: Float[Array, "B T D"], context: Context | None) -> tuple[Float[Array, "B T D"], RouterReport]:
         """Maps each position on its own; the report leaves out padding, the tokens whose segment id is 0."""
-        x = self.norm(h)
+        x = constrain(self.norm(h), *ROW)
         routing = route(
             router_logits(x, self.router.kernel[...]),
             None if self.correction_bias is None else self.correction_bias[...],
@@ -103,21 +104,21 @@ class MoE(nnx.Module):
             biased_weights=self.biased_weights,
         )
         z = x if self.latent_down is None else self.latent_down(x)
-        y = experts(
-            z.reshape(-1, z.shape[-1]),
-            routing.indices.reshape(-1, self.experts_per_token),
-            routing.weights.reshape(-1, self.experts_per_token),
+        y = experts_across_devices(
+            z,
+            routing.indices,
+            routing.weights,
             *(linear.kernel[...] for linear in (self.gate, self.up, self.down)),
             activation=self.activation,
             implementation=self.implementation,
         )
-        y = y.astype(z.dtype).reshape(z.shape)
+        y = constrain(y.astype(z.dtype), *HIDDEN)
         if self.latent_up is not None:
             y = self.latent_up(y if self.latent_norm is None else self.latent_norm(y))
         if self.shared is not None:
             y = y + self.shared(x)
         segment_ids = None if context is None else context.segment_ids
-        return y, report(routing, None if segment_ids is None else segment_ids > 0)
+        return constrain(y, *HIDDEN), report(routing, None if segment_ids is None else segment_ids > 0)
 
 
 def _linears(count, inputs, outputs, rngs):

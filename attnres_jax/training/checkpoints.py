@@ -12,9 +12,11 @@ from typing import Any
 import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import Mesh
 
 from attnres_jax.config import Config, read_config
 from attnres_jax.errors import UserError
+from attnres_jax.parallel import one_device_mesh, with_shardings
 from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from attnres_jax.training.parameters import named_leaves
 from attnres_jax.training.state import TrainState, new_state
@@ -107,12 +109,13 @@ class Checkpoints(contextlib.AbstractContextManager):
         return _rebuild(shapes, restored.model)
 
 
-def restore_model(workdir: Path | str, step: int | None = None) -> tuple[Config, Any, int]:
+def restore_model(workdir: Path | str, step: int | None = None, mesh: Mesh | None = None) -> tuple[Config, Any, int]:
     """Loads a trained model: (the run's configuration, the model, the step it was saved at).
 
     Args:
       workdir: a run's directory.
       step: which checkpoint; None: the newest.
+      mesh: where the model goes, whatever mesh it was saved from; None: this process's first device.
 
     Raises:
       ConfigError: if this is not a run's directory.
@@ -127,7 +130,7 @@ def restore_model(workdir: Path | str, step: int | None = None) -> tuple[Config,
         elif step not in steps:
             raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         try:
-            model = checkpoints.restore_model(step, abstract_state(config).model)
+            model = checkpoints.restore_model(step, abstract_state(config, mesh).model)
         except (OSError, ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"the checkpoint of step {step} in {workdir} cannot be read: {reason}") from error
@@ -150,12 +153,10 @@ def open_checkpoints(workdir: Path) -> Checkpoints:
     )
 
 
-def abstract_state(config: Config) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state, without computing anything."""
+def abstract_state(config: Config, mesh: Mesh | None = None) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state on `mesh` (None: one device), without computing anything."""
     optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, config.training.steps))
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    shapes = jax.eval_shape(lambda: new_state(config, optimizer))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes)
+    return with_shardings(mesh or one_device_mesh(), jax.eval_shape(lambda: new_state(config, optimizer)))
 
 
 def _without_model(state: TrainState) -> dict[str, Any]:

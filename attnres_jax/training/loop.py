@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from attnres_jax.config import Config
 from attnres_jax.data import heldout_batches, load_text, train_iterator
 from attnres_jax.evaluation.perplexity import evaluate
+from attnres_jax.parallel import data_share, describe, make_mesh, put_batch, put_whole, replicated, use_mesh
 from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 from attnres_jax.training.compilation import compile_step, program_bytes
 from attnres_jax.training.diagnostics import DepthDiagnostics
@@ -35,10 +35,13 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
     Raises:
       WorkdirError: if the directory cannot hold this run.
       ChangedTextError: if the text is not that of the checkpoint.
+      ConfigError: if the devices do not make up the mesh that `config.mesh` asks for.
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite.
     """
     workdir, training, steps = Path(workdir), config.training, config.training.steps
+    mesh = make_mesh(config)
     with (
+        use_mesh(mesh),
         claim(workdir, config),
         Checkpoints(workdir / "checkpoints", keep=training.keep_checkpoints) as checkpoints,
         Interruption() as stop,
@@ -51,18 +54,18 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
 
         # Data: the same batches in the same order for every run of this seed.
         text = load_text(config.data, config.model.vocab_size)
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        batches = train_iterator(text, config.data, seed=config.seed, **process)
-        heldout = heldout_batches(text, config.data, training.eval_sequences)
-        token_bytes = jnp.asarray(text.token_bytes)
+        share, shares = data_share(mesh)
+        batches = train_iterator(text, config.data, seed=config.seed, process_index=share, process_count=shares)
+        heldout = [put_whole(mesh, batch) for batch in heldout_batches(text, config.data, training.eval_sequences)]
+        token_bytes = jax.device_put(text.token_bytes, replicated(mesh))
 
         # Model and optimizer, as shapes: a restored state is never initialised first.
-        shapes = abstract_state(config)
+        shapes = abstract_state(config, mesh)
         schedule = learning_rate_schedule(config.optimizer, steps)
         optimizer = make_optimizer(config.optimizer, schedule)
         flops_per_token = training_flops_per_token(config.model, config.data.sequence_length)
         _say(parameter_table(shapes.model, config.optimizer))
-        _say(f"training takes {flops_per_token:,} FLOPs per token; device: {jax.devices()[0].device_kind}")
+        _say(f"training takes {flops_per_token:,} FLOPs per token; {describe(mesh)}")
 
         # State: restored or new.
         record = {"text": text.fingerprint, "seconds": 0.0, "compile_seconds": None, "peak_memory_bytes": None}
@@ -72,13 +75,14 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             state = checkpoints.restore(start, shapes, batches)
             _say(f"resuming {workdir} at step {start} of {steps}")
         else:
-            state = jax.jit(partial(new_state, config, optimizer))()
+            born = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+            state = jax.jit(partial(new_state, config, optimizer), out_shardings=born)()
 
         # Step.
         if start < steps and not stop.requested:
             _say("compiling the step")
-            train_step = make_train_step(training, optimizer, schedule)
-            shapes_of_batch = batch_shapes(config.data, jax.process_count())
+            train_step = make_train_step(training, optimizer, schedule, shapes)
+            shapes_of_batch = batch_shapes(config.data, mesh)
             train_step, record["compile_seconds"] = compile_step(train_step, shapes, shapes_of_batch, token_bytes)
             record["peak_memory_bytes"] = program_bytes(train_step)
 
@@ -102,7 +106,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             step, stopping = start, stop.requested is not None
             try:
                 while step < steps and not stopping:
-                    step, batch = step + 1, next(batches)
+                    step, batch = step + 1, put_batch(mesh, next(batches))
                     due = diagnostics.is_due(step)
                     # Before the step, of the model whose gradients it takes: afterwards its buffers are gone.
                     measured = diagnostics.measure(state.model, batch, meter.paused) if due else {}

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from attnres_jax.config import DataConfig, TrainingConfig
@@ -15,6 +16,7 @@ from attnres_jax.evaluation.perplexity import Batch, bits_per_byte
 from attnres_jax.layers import RouterReport, update_bias
 from attnres_jax.layers.router import max_violation
 from attnres_jax.models import parameter_name
+from attnres_jax.parallel import batch_sharding
 from attnres_jax.training.loss import objective
 from attnres_jax.training.parameters import group_norms
 from attnres_jax.training.state import TrainState
@@ -23,7 +25,10 @@ TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]
 
 
 def make_train_step(
-    config: TrainingConfig, optimizer: optax.GradientTransformation, schedule: optax.Schedule
+    config: TrainingConfig,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    shapes: TrainState | None = None,
 ) -> TrainStep:
     """The jitted `step(state, batch, token_bytes) -> (state, metrics)`; `state` is donated.
 
@@ -32,10 +37,17 @@ def make_train_step(
     loss, every gradient and every updated parameter is. With experts also `router/...`, means over the layers: the two
     losses unscaled, how far the busiest expert is above an even load, and the share of idle ones. After the optimizer's
     update the score corrections follow the load, until `router_bias_until` of the steps are done.
+
+    `shapes` with shardings on a mesh: the new state lies where they say, and metrics are whole on every device.
     """
     bias_steps = math.ceil(config.router_bias_until * config.steps)
 
-    @partial(jax.jit, donate_argnums=0)
+    places = None
+    if shapes is not None:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        places = shardings, NamedSharding(shardings.step.mesh, PartitionSpec())
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=places)
     def step(state: TrainState, batch: Batch, token_bytes: Any) -> tuple[TrainState, dict[str, Any]]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
         gradients, sums = accumulate(state.model, batch, token_bytes, total_weight, config)
@@ -61,13 +73,12 @@ def make_train_step(
     return step
 
 
-def batch_shapes(config: DataConfig, processes: int = 1) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of one process's batch."""
-    shape = config.batch_size // processes, config.sequence_length
-    integers = ("inputs", "targets", "segment_ids", "positions")
-    return {key: jax.ShapeDtypeStruct(shape, jnp.int32) for key in integers} | {
-        "weights": jax.ShapeDtypeStruct(shape, jnp.float32)
-    }
+def batch_shapes(config: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch on the mesh, over all processes."""
+    shape = config.batch_size, config.sequence_length
+    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+    place = batch_sharding(mesh, shape)
+    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for key, dtype in dtypes.items()}
 
 
 def accumulate(

@@ -13,8 +13,9 @@ import jax
 from attnres_jax.config import Config, flatten, read_config
 from attnres_jax.errors import UserError
 
-IRRELEVANT = ("data.cache_dir",)
-"""Keys that may differ between the run's configuration and the one asked for: they change no number."""
+IRRELEVANT = ("data.cache_dir", "mesh.")
+"""Keys, or the beginnings of keys, that may differ between the run's configuration and the one asked for: they change
+no number, the mesh none but by rounding. A run goes on on other devices than it was begun on."""
 
 
 class WorkdirError(UserError):
@@ -86,7 +87,7 @@ def _refuse_another(workdir: Path, config: Config) -> None:
     differing = [
         f"{key}={there[key]!r} there, {asked[key]!r} asked"
         for key in asked
-        if there[key] != asked[key] and key not in IRRELEVANT
+        if there[key] != asked[key] and not key.startswith(IRRELEVANT)
     ]
     if differing:
         raise WorkdirError(

@@ -1,0 +1,177 @@
+"""Where arrays lie: one table from logical axes to mesh axes, and the logical axes of every parameter by its name.
+
+    batch      tokens by rows. `expert` is one more axis of it: outside of the experts those devices would else all do
+               the same work, and inside tokens are exchanged over it.
+    sequence   tokens by position, in hidden states and the bank: also over `tensor`, between the matmuls
+    length     tokens by position inside a sublayer, where every device of `tensor` has its own heads of all of them
+    width      of parameters: split over `fsdp`, and put together where they are used; those of no expert over `expert`
+               too, whose devices have rows of their own like those of `fsdp`
+
+A logical axis that its mesh axes do not divide is whole on every device; `python -m attnres_jax.parallel.show` prints
+what came of it.
+"""
+
+import fnmatch
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from attnres_jax.axes import Table, partition, table_in_force
+from attnres_jax.models import parameter_name
+
+TABLE: Table = (
+    ("batch", ("data", "fsdp", "expert")),
+    ("sequence", ("context", "tensor")),
+    ("length", ("context",)),
+    ("heads", ("tensor",)),
+    ("mlp", ("tensor",)),
+    ("vocab", ("tensor",)),
+    ("experts", ("expert",)),
+    ("width", ("fsdp", "expert")),
+    ("rank", ("fsdp", "expert")),
+)
+
+PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    ("embedding.table", ("vocab", "width")),
+    ("head.table", ("vocab", "width")),
+    ("*.moe.shared.down.kernel", ("mlp", "width")),
+    ("*.moe.shared.*.kernel", ("width", "mlp")),
+    ("*.moe.latent_up.kernel", (None, "width")),
+    ("*.moe.router.kernel", ("width", None)),
+    ("*.moe.down.kernel", ("experts", "mlp", "width")),
+    ("*.moe.gate.kernel", ("experts", "width", "mlp")),
+    ("*.moe.up.kernel", ("experts", "width", "mlp")),
+    ("*.swiglu.down.kernel", ("mlp", "width")),
+    ("*.swiglu.*.kernel", ("width", "mlp")),
+    ("*.mla.latent.kernel", ("width", None)),
+    ("*.mla.expand.kernel", ("rank", "heads")),
+    ("*_down.kernel", ("width", None)),
+    ("*_up.kernel", ("rank", "heads")),
+    ("*.out.kernel", ("heads", "width")),
+    ("*.kernel", ("width", "heads")),
+    ("*.kda.*_conv.taps", (None, "heads")),
+    ("*.kda.log_rate", ("heads",)),
+    ("*.kda.decay_bias", ("heads",)),
+)
+"""The first pattern that matches a parameter's name counts; those of sublayers have a layer axis in front. What matches
+none (norm scales, score corrections, everything of the depth rule) is whole on every device."""
+
+AnyMesh = Mesh | AbstractMesh
+
+
+@contextmanager
+def use_mesh(mesh: Mesh, table: Table = TABLE) -> Iterator[Mesh]:
+    """Inside, models are computed on `mesh`, split as the table says."""
+    with jax.set_mesh(mesh), table_in_force(table):
+        yield mesh
+
+
+def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
+    """The logical axes of a parameter, or of what an optimizer keeps of one under a longer name."""
+    name = re.sub(r"^.*\.(?=(sublayers|embedding|head|sites|final_norm)\.)", "", name)
+    axes = next((axes for pattern, axes in PARAMETERS if fnmatch.fnmatch(name, pattern)), ())
+    axes = (None, *axes) if axes and name.startswith("sublayers.") else axes
+    return axes if len(axes) == ndim else (None,) * ndim
+
+
+def parameter_sharding(mesh: AnyMesh, name: str, shape: Sequence[int], table: Table = TABLE) -> NamedSharding:
+    """Where the parameter of this name and shape lies; on a mesh without any of the table's axes, see `spread`."""
+    if not set(mesh.axis_names) & {axis for _, axes in table for axis in axes}:
+        return spread(mesh, shape)
+    return NamedSharding(mesh, partition(shape, logical_axes(name, len(shape)), dict(mesh.shape), table))
+
+
+def with_shardings(mesh: AnyMesh, shapes: Any, table: Table = TABLE) -> Any:
+    """The pytree of shapes (a model, an optimizer's state) with each leaf's place: what `jit` and restoring take."""
+
+    def place(path: tuple[Any, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = parameter_sharding(mesh, parameter_name(path), leaf.shape, table)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree_util.tree_map_with_path(place, shapes)
+
+
+def spread(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
+    """Over all devices along the largest axis that they divide; what they do not divide is on every device."""
+    fitting = [axis for axis, size in enumerate(shape) if size % mesh.size == 0 and size > 0]
+    if not fitting:
+        return NamedSharding(mesh, PartitionSpec())
+    axis = max(fitting, key=lambda axis: (shape[axis], axis))
+    return NamedSharding(mesh, PartitionSpec(*[None] * axis, mesh.axis_names))
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+    """Whole on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
+    """Of arrays [B, T]: rows over `data`, `fsdp` and `expert`, positions over `context`."""
+    return NamedSharding(mesh, partition(shape, ("batch", "length"), dict(mesh.shape), TABLE))
+
+
+def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
+    """(which share of the rows, of how many) a process reads. Processes that hold the same rows have the same share.
+
+    Raises:
+      ValueError: if two processes have some rows in common and not all.
+    """
+    process = jax.process_index() if process is None else process
+    held = _rows_held(mesh)
+    shares = sorted(set(held.values()))
+    if sum(map(len, shares)) != len({row for share in shares for row in share}):
+        raise ValueError("processes share some rows of the batch: make data * fsdp * expert a multiple of them")
+    return shares.index(held[process]), len(shares)
+
+
+def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """This process's rows of a batch, as global arrays [B, T] that lie on the mesh.
+
+    Args:
+      mesh: of axes as `parallel.make_mesh` makes them.
+      batch: arrays [rows, T] with the process's share of the rows, in the order of `data_share`.
+    """
+    share, shares = data_share(mesh)
+    own = sorted(set(_rows_held(mesh).values()))[share]
+    parts = sum(map(len, set(_rows_held(mesh).values())))
+
+    def put(rows: np.ndarray) -> jax.Array:
+        shape = (len(rows) * shares, *rows.shape[1:])
+        size = shape[0] // parts
+        # Where each part of the global batch stands among this process's rows.
+        starts = {part * size: place * size for place, part in enumerate(own)}
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            first, last, _ = index[0].indices(shape[0])
+            if last - first > size:  # not split: the process holds everything
+                return rows[index]
+            return rows[(slice(starts[first], starts[first] + size), *index[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), read)
+
+    return {key: put(np.asarray(rows)) for key, rows in batch.items()}
+
+
+def put_whole(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
+    """A batch that every process has whole, as global arrays [B, T] that lie on the mesh."""
+    return {
+        key: jax.make_array_from_callback(rows.shape, batch_sharding(mesh, rows.shape), lambda at, rows=rows: rows[at])
+        for key, rows in batch.items()
+    }
+
+
+def _rows_held(mesh: Mesh) -> dict[int, tuple[int, ...]]:
+    """For each process the parts of the batch that its devices hold, of as many as data, fsdp and expert make."""
+    axes = [axis for axis in dict(TABLE)["batch"] if axis in mesh.axis_names]
+    order = [mesh.axis_names.index(axis) for axis in axes]
+    sizes = [mesh.shape[axis] for axis in axes]
+    held: dict[int, set[int]] = {}
+    for place, device in np.ndenumerate(mesh.devices):
+        part = int(np.ravel_multi_index([place[i] for i in order], sizes)) if axes else 0
+        held.setdefault(device.process_index, set()).add(part)
+    return {process: tuple(sorted(parts)) for process, parts in held.items()}
