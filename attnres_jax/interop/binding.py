@@ -25,7 +25,9 @@ class Binding(NamedTuple):
     size: int
     """How many numbers it holds; with zeros at the end it may be longer."""
     dtype: str | None
-    """As in `Tensor`."""
+    """As in `Tensor`, like the next two."""
+    other: str = ""
+    loose: bool = False
 
 
 def bind(table: Table, shapes: Mapping[str, Any], plan: Sequence[str]) -> list[Binding]:
@@ -80,7 +82,25 @@ def _rows(rows: Sequence[Tensor], theirs: str, ours: str, shapes, index: tuple[i
                 stored[axis] = size
             stored[0] += -stored[0] % row.multiple
             full_name = theirs + row.theirs.replace("{expert}", str(expert))
-            yield Binding(full_name, name, own, axes, tuple(stored), math.prod(part), row.dtype)
+            other = theirs + row.other if row.other else ""
+            yield Binding(full_name, name, own, axes, tuple(stored), math.prod(part), row.dtype, other, row.loose)
+
+
+def fit(bindings: Sequence[Binding], stored: Mapping[str, Entry]) -> list[Binding]:
+    """The bindings under the names and shapes that a directory has, where the format leaves these open."""
+    return [_fit(binding, stored) for binding in bindings]
+
+
+def _fit(binding: Binding, stored: Mapping[str, Entry]) -> Binding:
+    if binding.theirs not in stored and binding.other in stored:
+        binding = binding._replace(theirs=binding.other)
+    if not binding.loose or binding.theirs not in stored:
+        return binding
+    shape = stored[binding.theirs].shape
+    longest = max(range(len(shape)), key=shape.__getitem__, default=0)
+    if shape and binding.size <= shape[longest] == math.prod(shape):
+        return binding._replace(axes=(longest,), shape=shape)
+    return binding
 
 
 def check(table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry], where: Any) -> None:

@@ -48,7 +48,7 @@ def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Famil
         differing = same_function(there, config)
         if differing:
             raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
-        return family, with_depth(family, values, config)
+        return family, _without_quantisation(with_depth(family, values, config))
     except ConfigError as error:
         raise InteropError(str(error)) from None
 
@@ -67,6 +67,15 @@ def with_depth(family: Family, values: Mapping[str, Any], config: ModelConfig) -
     if depth and isinstance(there, int) and min(there, config.num_layers) == depth["attn_res_block_size"]:
         depth["attn_res_block_size"] = there
     return kept | depth
+
+
+def _without_quantisation(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` for tensors that are written as plain numbers."""
+    return {
+        key: _without_quantisation(value) if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if key != "quantization_config"
+    }
 
 
 def write_config_json(directory: Path, values: Mapping[str, Any]) -> None:

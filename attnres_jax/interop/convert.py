@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig
 from attnres_jax.errors import ConfigError
-from attnres_jax.interop.binding import Binding, bind, check, embedding_name
+from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit
 from attnres_jax.interop.config_json import read_config_json, with_depth, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
@@ -73,7 +73,7 @@ def convert(
     shapes = abstract_model(config)
     leaves, table, store = named_leaves(shapes), TABLES[family.model_type], TensorStore(directory)
     bindings = bind(table, leaves, shapes.plan())
-    old = [binding for binding in bindings if not is_site(binding.ours)]
+    old = fit([binding for binding in bindings if not is_site(binding.ours)], store.entries)
     check(table, old, store.entries, directory)
     new = _new_tensors([b for b in bindings if is_site(b.ours)], store.dtype(embedding_name(old)))
     with new_directory(Path(target)) as temporary:
@@ -99,7 +99,7 @@ def _copy_weights(store: TensorStore, target: Path, new: dict[str, np.ndarray], 
             bar.update(sizes[file])
     write_file(target / added, new)
     file_of = {name: renamed[file] for name, file in store.files.items()} | dict.fromkeys(new, added)
-    total = sum(entry.end - entry.begin for entry in store.entries.values()) + sum(x.nbytes for x in new.values())
+    total = sum(entry.end - entry.begin for entry in store.stored.values()) + sum(x.nbytes for x in new.values())
     write_index(target, file_of, total)
 
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
-from attnres_jax.interop.binding import Binding, bind, check, embedding_name, tied_head
+from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit, tied_head
 from attnres_jax.interop.config_json import config_json_of, read_config_json, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
@@ -69,6 +69,7 @@ def load_pretrained(
     leaves = named_leaves(shapes)
     new = stored_config.depth.rule != config.depth.rule
     bindings = bind(table, {n: x for n, x in leaves.items() if not new or not is_site(n)}, shapes.plan())
+    bindings = fit(bindings, store.entries)
     check(table, bindings, store.entries, directory)
     _check_tied_head(store, tied_head(table, bindings, store.entries), embedding_name(bindings))
     if sharding is None:
@@ -106,7 +107,7 @@ def save_pretrained(
       model: of one of `FAMILIES`, under `residual` or `block`.
       directory: new or empty.
       like: the directory that the model was loaded from: its dtypes, its tokenizer and the settings that no model
-        config holds are kept.
+        config holds are kept. Tensors that were quantised there are written as bfloat16.
       dtype: of the tensors, in the place of the parameters' own.
       max_shard_bytes: size of a file.
       progress: shows a bar.
@@ -121,8 +122,8 @@ def save_pretrained(
     leaves = named_leaves(model)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         raise InteropError("parameters are spread over several processes; gather them before saving")
-    bindings = {b.theirs: b for b in bind(TABLES[family.model_type], leaves, model.plan())}
     there = {} if like is None else TensorStore(like).entries
+    bindings = {b.theirs: b for b in fit(bind(TABLES[family.model_type], leaves, model.plan()), there)}
     dtypes = {}
     for name, binding in bindings.items():
         own = binding.dtype or dtype or str(np.dtype(leaves[binding.ours].dtype))
@@ -177,8 +178,8 @@ def to_theirs(part: np.ndarray, binding: Binding) -> np.ndarray:
     """Part of a parameter in the layout of its tensor."""
     order = np.argsort(binding.axes)
     part = part.transpose(order)
-    if part.size < np.prod(binding.shape):
-        part = np.pad(part, [(0, binding.shape[0] - len(part))] + [(0, 0)] * (part.ndim - 1))
+    stored = [binding.shape[axis] for axis in sorted(binding.axes)]
+    part = np.pad(part, [(0, there - here) for there, here in zip(stored, part.shape, strict=True)])
     return part.reshape(binding.shape)
 
 

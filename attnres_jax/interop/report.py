@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from attnres_jax.interop.binding import bind, check
+from attnres_jax.interop.binding import bind, check, fit
 from attnres_jax.interop.config_json import read_config_json
 from attnres_jax.interop.convert import Verification
 from attnres_jax.interop.hub import local_directory
@@ -25,7 +25,7 @@ def inspect_text(name: Path | str) -> str:
     store, shapes = TensorStore(directory), abstract_model(config)
     leaves = named_leaves(shapes)
     table = TABLES[family.model_type]
-    bindings = bind(table, leaves, shapes.plan())
+    bindings = fit(bind(table, leaves, shapes.plan()), store.entries)
     check(table, bindings, store.entries, directory)
     dtypes = Counter()
     for entry in store.entries.values():

@@ -42,7 +42,8 @@ class TensorStore:
           InteropError: if there are no weights, or index, headers and files do not agree.
         """
         self.directory = directory
-        self.entries: dict[str, Entry] = {}
+        self.stored: dict[str, Entry] = {}
+        """As the files have them."""
         self.files: dict[str, str] = {}
         for file, expected in _files(directory).items():
             entries = read_header(directory / file)
@@ -50,16 +51,16 @@ class TensorStore:
                 name = min(set(entries) ^ expected)
                 where = "lists it elsewhere or not at all" if name in entries else "says it is there, and it is not"
                 raise InteropError(f"{directory / INDEX} and {file} disagree on tensor {name!r}: the index {where}")
-            self.entries |= entries
+            self.stored |= entries
             self.files |= dict.fromkeys(entries, file)
         self._open: dict[str, Any] = {}
-        self._shape = {name: entry.shape for name, entry in self.entries.items()}
-        self._packed = _packed(self.entries)
+        self._packed = _packed(self.stored)
+        self.entries = dict(self.stored)
+        """As they can be read: a quantised one with its scales is one tensor."""
         for name, (values, scales) in self._packed.items():
             rows, half = self.entries.pop(values).shape
             self.entries[name] = Entry("BF16", (rows, 2 * half), 0, 0)
             self.entries.pop(scales)
-            self.files[name] = self.files[values]
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor.
@@ -82,7 +83,7 @@ class TensorStore:
     def _dequantised(self, values: str, scales: str, index: tuple[slice, ...]) -> np.ndarray:
         """MXFP4: two numbers a byte, the lower half first, and one power of two for 32 of a row."""
         rows = index[0]
-        start, stop, _ = index[1].indices(2 * self._shape[values][1])
+        start, stop, _ = index[1].indices(2 * self.stored[values].shape[1])
         first, last = start // GROUP, -(-stop // GROUP)
         codes = self._read(values, (rows, slice(first * GROUP // 2, last * GROUP // 2)))
         powers = self._read(scales, (rows, slice(first, last)))
@@ -98,7 +99,7 @@ class TensorStore:
             except (OSError, safetensors.SafetensorError) as error:
                 raise InteropError(f"{self.directory / file} cannot be read: {error}") from None
         handle = self._open[file]
-        if not index or 0 in self._shape[name]:
+        if not index or 0 in self.stored[name].shape:
             return handle.get_tensor(name)
         return handle.get_slice(name)[index]
 

@@ -24,6 +24,8 @@ class Tensor:
       rank: how many axes it has there; those not in `axes` have size 1. 0: no others.
       dtype: what the parameter is held in, and written in, whatever the checkpoint's dtype; None: as stored.
       multiple: there, the first axis is filled with zeros up to a multiple of this.
+      other: a second name that it may be found under.
+      loose: whether a vector may be stored with other axes of size 1 than these, or be longer and read from its start.
     """
 
     ours: str
@@ -32,6 +34,8 @@ class Tensor:
     rank: int = 0
     dtype: str | None = None
     multiple: int = 1
+    other: str = ""
+    loose: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,9 +126,12 @@ KDA = (
     Tensor("out_norm.scale", "self_attn.o_norm.weight"),
     Tensor("out.kernel", "self_attn.o_proj.weight", MATRIX),
 )
-RATE = Tensor("log_rate", "self_attn.A_log", (2,), rank=4, dtype="float32")
-PADDED_RATE = Tensor("log_rate", "self_attn.A_log", dtype="float32", multiple=128)
+RATE = Tensor("log_rate", "self_attn.A_log", (2,), rank=4, dtype="float32", loose=True)
+PADDED_RATE = Tensor("log_rate", "self_attn.A_log", dtype="float32", multiple=128, loose=True)
 """Kimi Linear's and Kimi K3's, which is as long as a vector register is wide."""
+
+FOUND_AS_MOE = tuple(dataclasses.replace(row, other=row.theirs.replace("mlp.", "block_sparse_moe.")) for row in SWIGLU)
+"""Dense layers between layers of experts: transformers 5.23 writes them under the experts' name, and reads both."""
 
 BLOCK_SPARSE_MOE = (
     Tensor("norm.scale", "post_attention_layernorm.weight"),
@@ -161,7 +168,7 @@ LLAMA = Table(
 )
 
 KIMI_LINEAR = dataclasses.replace(
-    LLAMA, sublayers={"kda": (*KDA, RATE), "mla": MLA, "swiglu": SWIGLU, "moe": BLOCK_SPARSE_MOE}
+    LLAMA, sublayers={"kda": (*KDA, RATE), "mla": MLA, "swiglu": FOUND_AS_MOE, "moe": BLOCK_SPARSE_MOE}
 )
 KIMI_K3 = dataclasses.replace(
     KIMI_LINEAR,

@@ -81,7 +81,7 @@ class Family:
                 raise ConfigError(f"{name}={values[name]!r} is not supported; supported: {_words(allowed)}")
         ours = dict(self.constants)
         for key in self.keys:
-            ours[key.ours] = _read(key, values)
+            ours[key.ours] = read_key(key, values)
         ours |= read_rope(values) | self.read_more(values)
         ours["dtype"] = _dtype(values)
         ours["depth"] = read_depth(values, ours["num_layers"])
@@ -271,7 +271,12 @@ DECODER_KEYS = (
 differ."""
 
 
-def _read(key: Key, values: Mapping[str, Any]) -> Any:
+def read_key(key: Key, values: Mapping[str, Any]) -> Any:
+    """The value of ours.
+
+    Raises:
+      ConfigError: if it is missing or of a wrong type.
+    """
     value = values.get(key.theirs)
     if value is None:
         if key.default is REQUIRED:

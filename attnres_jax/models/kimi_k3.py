@@ -11,7 +11,7 @@ from attnres_jax.models.family import Preset
 from attnres_jax.models.kimi_linear import KIMI_LINEAR, layer_lists
 
 PRESETS = {
-    # The routers' scaling is not in the public record used here: 1 stands for it, which changes no shape.
+    # The report does not give the scaling of the experts' weights; 1 is what public readers of the release have.
     "kimi-k3": Preset(
         "moonshotai/Kimi-K3",
         2_779_481_795_168,
@@ -27,6 +27,7 @@ PRESETS = {
                 "num_experts": 896,
                 "num_experts_per_token": 16,
                 "num_shared_experts": 2,
+                "routed_scaling_factor": 1.0,
                 "first_k_dense_replace": 1,
                 "routed_expert_hidden_size": 3584,
                 "latent_moe_use_norm": True,

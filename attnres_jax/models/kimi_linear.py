@@ -12,7 +12,7 @@ from typing import Any
 from attnres_jax.config import ModelConfig, attention_kinds
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import MLA_KEYS, dense_first, write_dense_first
-from attnres_jax.models.family import DECODER_KEYS, Family, Key, Preset
+from attnres_jax.models.family import DECODER_KEYS, Family, Key, Preset, read_key
 from attnres_jax.pattern import shorten
 
 
@@ -53,49 +53,63 @@ PRESETS = {
 }
 
 
+LINEAR_KEYS = (
+    Key("kda.head_dim", "head_dim", 128),
+    Key("kda.num_heads", "num_heads", 0),
+    Key("kda.conv_size", "short_conv_kernel_size", 4),
+    Key("kda.gate_lower_bound", "gate_lower_bound", 0.0),
+    Key("kda.full_rank_gate", "use_full_rank_gate", False),
+)
+"""Of `linear_attn_config`."""
+
+BIASED = Key("moe.biased_weights", "router_weight_uses_score_correction_bias", False)
+"""NeMo's name; written only where it is true."""
+
+FLAT = {
+    "head_dim": "linear_head_dim",
+    "num_heads": "linear_num_heads",
+    "short_conv_kernel_size": "linear_conv_kernel_dim",
+}
+"""What transformers calls some of them outside of it."""
+
+
 def _read_layers(values: Mapping[str, Any]) -> dict[str, Any]:
     """From `linear_attn_config`, or from the lists of kinds that transformers writes instead."""
     linear = values.get("linear_attn_config") or {}
     if not isinstance(linear, Mapping):
-        raise ConfigError(f"linear_attn_config={linear!r} must be a group")
-    layers = range(1, values["num_hidden_layers"] + 1)
+        raise ConfigError(f"linear_attn_config={linear!r} must be a group of settings")
+    count = values["num_hidden_layers"]
     if "kda_layers" in linear:
         kda, full = linear["kda_layers"], linear.get("full_attn_layers", [])
         named = [*kda, *full] if isinstance(kda, list) and isinstance(full, list) else [None]
-        if any(type(layer) is not int for layer in named) or sorted(named) != list(layers):
+        if any(type(layer) is not int for layer in named) or sorted(named) != list(range(1, count + 1)):
             raise ConfigError(
-                f"linear_attn_config: kda_layers and full_attn_layers must name each of the layers 1 to {len(layers)} "
-                "once"
+                f"linear_attn_config: kda_layers and full_attn_layers must name each of the layers 1 to {count} once"
             )
-        kinds = ["kda" if layer in kda else "mla" for layer in layers]
+        kinds = ["kda" if layer in kda else "mla" for layer in range(1, count + 1)]
+    elif values.get("layer_types") is not None:
+        kinds = _kinds(values, "layer_types", {"linear_attention": "kda", "full_attention": "mla"})
     else:
-        types = values.get("layer_types")
-        names = {"linear_attention": "kda", "full_attention": "mla"}
-        if not isinstance(types, list) or len(types) != len(layers) or not set(types) <= set(names):
-            raise ConfigError("linear_attn_config.kda_layers is missing")
-        kinds = [names[kind] for kind in types]
-    experts = dense_first(values)
-    mlps = values.get("mlp_layer_types")
-    if mlps is not None:
-        if not isinstance(mlps, list) or len(mlps) != len(layers) or not set(mlps) <= {"dense", "sparse"}:
-            raise ConfigError(f"mlp_layer_types must say dense or sparse for each of {len(layers)} layers")
-        experts = {"mlp_layers": shorten(["moe" if kind == "sparse" else "swiglu" for kind in mlps])}
+        raise ConfigError("linear_attn_config.kda_layers is missing")
+    mlps = dense_first(values)
+    if values.get("mlp_layer_types") is not None:
+        mlps = {"mlp_layers": shorten(_kinds(values, "mlp_layer_types", {"dense": "swiglu", "sparse": "moe"}))}
+    given = {name: values.get(FLAT.get(name, name)) for name in (key.theirs for key in LINEAR_KEYS)}
+    kda_settings = {key.ours: read_key(key, given | dict(linear)) for key in LINEAR_KEYS}
+    biased = {BIASED.ours: read_key(BIASED, values)}
+    return mlps | kda_settings | biased | {"attention_layers": shorten(kinds)}
 
-    def setting(name: str, elsewhere: str, default: Any) -> Any:
-        value = linear.get(name, values.get(elsewhere))
-        value = default if value is None else value
-        if type(value) is not type(default) and not (type(default) is float and type(value) is int):
-            raise ConfigError(f"linear_attn_config.{name}={value!r} must be {type(default).__name__}")
-        return type(default)(value)
 
-    return experts | {
-        "attention_layers": shorten(kinds),
-        "kda.head_dim": setting("head_dim", "linear_head_dim", 128),
-        "kda.num_heads": setting("num_heads", "linear_num_heads", 0),
-        "kda.conv_size": setting("short_conv_kernel_size", "linear_conv_kernel_dim", 4),
-        "kda.gate_lower_bound": setting("gate_lower_bound", "gate_lower_bound", 0.0),
-        "kda.full_rank_gate": setting("use_full_rank_gate", "use_full_rank_gate", False),
-    }
+def _kinds(values: Mapping[str, Any], name: str, ours: Mapping[str, str]) -> list[str]:
+    """A list with a kind for every layer."""
+    theirs, count = values[name], values["num_hidden_layers"]
+    if not isinstance(theirs, list) or len(theirs) != count or any(kind not in [*ours] for kind in theirs):
+        raise ConfigError(f"{name} must name a kind for each of {count} layers: {', '.join(ours)}")
+    return [ours[kind] for kind in theirs]
+
+
+SPECIAL = {"bos_token_id": 163584, "eos_token_id": 163586, "pad_token_id": 163839}
+"""What transformers takes where a `config.json` has none; beyond the vocabulary of a smaller model it cannot load."""
 
 
 def _write_layers(config: ModelConfig) -> dict[str, Any]:
@@ -114,10 +128,9 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
         linear["gate_lower_bound"] = kda.gate_lower_bound
     if kda.full_rank_gate:
         linear["use_full_rank_gate"] = True
-    biased = {"router_weight_uses_score_correction_bias": True} if config.moe.biased_weights else {}
-    # A model knows no special tokens, and transformers' defaults are those of the released vocabulary.
-    tokens = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))
-    return {"linear_attn_config": linear} | write_dense_first(config) | biased | tokens
+    biased = {BIASED.theirs: True} if config.moe.biased_weights else {}
+    outside = {name: None for name, index in SPECIAL.items() if index >= config.vocab_size}
+    return {"linear_attn_config": linear} | write_dense_first(config) | biased | outside
 
 
 KIMI_LINEAR = Family(
@@ -128,7 +141,7 @@ KIMI_LINEAR = Family(
         *MLA_KEYS,
         Key("mla.output_gate", "mla_use_output_gate", False),
         Key("activation", "hidden_act", "silu"),
-        Key("max_length", "model_max_length", 1048576),
+        Key("max_length", "model_max_length", lambda values: values.get("max_position_embeddings", 1048576)),
         Key("moe.num_experts", "num_experts", lambda values: values.get("num_local_experts")),
         Key("moe.experts_per_token", "num_experts_per_token"),
         Key("moe.expert_width", "moe_intermediate_size"),
@@ -140,7 +153,6 @@ KIMI_LINEAR = Family(
         Key("moe.top_groups", "topk_group", 1),
         Key("moe.latent_width", "routed_expert_hidden_size", 0, null=0),
         Key("moe.latent_norm", "latent_moe_use_norm", True),
-        Key("moe.biased_weights", "router_weight_uses_score_correction_bias", False, null=False),
     ),
     constants={},
     expected={

@@ -280,7 +280,7 @@ def test_a_scale_that_does_not_fit_is_refused(packed):
         ),
         ({"linear_attn_config": {"kda_layers": "all"}}, "must name each of the layers 1 to 7 once"),
         ({"linear_attn_config": 3}, "linear_attn_config=3 must be a group"),
-        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types must say dense or sparse for each of 7 layers"),
+        ({"mlp_layer_types": ["dense"]}, "mlp_layer_types must name a kind for each of 7 layers: dense, sparse"),
         (
             {"first_k_dense_replace": "1"},
             "first_k_dense_replace='1' and moe_layer_freq=1 must be whole numbers of layers",
@@ -296,7 +296,7 @@ def test_settings_that_are_not_k3s(directory, tmp_path, changes, message):
         load_pretrained(tmp_path)
     values["text_config"]["linear_attn_config"]["head_dim"] = "wide"
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(InteropError, match=r"linear_attn_config\.head_dim='wide' must be int"):
+    with pytest.raises(InteropError, match=r"head_dim='wide' must be int"):
         load_pretrained(tmp_path)
     edit_config(tmp_path, text_config=None)
     with pytest.raises(InteropError, match="text_config is missing"):

@@ -55,6 +55,8 @@ def test_layers_and_logits_equal_those_of_transformers(case):
         ("deepseek_v3", {"rope_interleave": False}),
         ("deepseek_v3", {"topk_group": 4}),
         ("deepseek_v3", {"routed_scaling_factor": 1.8}),
+        ("kimi_linear", {"router_weight_uses_score_correction_bias": True}),
+        ("kimi_linear", {"rms_norm_eps": 1e-3}),
     ],
 )
 def test_settings_that_matter_are_heard(case, changes, tmp_path):
