@@ -56,8 +56,8 @@ COLUMNS = (  # key, heading, unit, format
 class PlainScan(Decoder):
     """The residual baseline with nothing of the project's scan: `lax.scan` over layers, differentiated by JAX."""
 
-    def __call__(self, tokens, segment_ids=None, positions=None):
-        """Next-token logits."""
+    def with_reports(self, tokens, segment_ids=None, positions=None):
+        """Next-token logits, and no reports."""
         context = self.context(tokens, segment_ids, positions)
 
         def layer(stream, sublayers):
@@ -67,7 +67,7 @@ class PlainScan(Decoder):
         if self.config.remat == "full":
             layer = jax.checkpoint(layer, prevent_cse=False)
         stream, _ = jax.lax.scan(layer, self.embedding(tokens), dict(self.sublayers.items()))
-        return self.logits(stream)
+        return self.logits(stream), None
 
 
 class Arm(NamedTuple):

@@ -82,8 +82,8 @@ def test_compile_time_does_not_grow_with_the_number_of_blocks():
 class StackedSources(Decoder):
     """The naive form: a loop that stacks the sources at every site, differentiated by JAX."""
 
-    def __call__(self, tokens, segment_ids=None, positions=None):
-        return unrolled(self, tokens, segment_ids, positions).logits
+    def with_reports(self, tokens, segment_ids=None, positions=None):
+        return unrolled(self, tokens, segment_ids, positions).logits, None
 
 
 def stacked_sources(text):
