@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from attnres_jax.analysis import RunError, read_run
-from attnres_jax.config import ConfigError
+from attnres_jax.errors import ConfigError
 
 
 def test_reads_what_training_wrote(real_run):

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from attnres_jax.config import ConfigError
 from attnres_jax.data import heldout_batches, load_text, train_iterator
+from attnres_jax.errors import ConfigError
 from attnres_jax.evaluation import evaluate
 from attnres_jax.training import CheckpointError, TrainState, restore_model
 from attnres_jax.training.checkpoints import Checkpoints

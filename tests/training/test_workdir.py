@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from attnres_jax.config import Config, ConfigError, DataConfig, ModelConfig
+from attnres_jax.config import Config, DataConfig, ModelConfig
+from attnres_jax.errors import ConfigError
 from attnres_jax.training.workdir import WorkdirError, claim, write_json
 
 CONFIG = Config()

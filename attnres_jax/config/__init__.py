@@ -1,0 +1,57 @@
+"""Configuration: what can be set, and the one door through which a config file becomes frozen dataclasses."""
+
+from attnres_jax.config.checks import validate_model
+from attnres_jax.config.loading import (
+    arguments,
+    config_from_dict,
+    default_config,
+    load_config,
+    read_config,
+    sublayers_in_block,
+)
+from attnres_jax.config.schema import (
+    Config,
+    DataConfig,
+    DepthConfig,
+    KDAConfig,
+    MeshConfig,
+    MetricsConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimizerConfig,
+    RopeScalingConfig,
+    TrainingConfig,
+    attention_kinds,
+    flatten,
+    head_dim,
+    kda_heads,
+    mlp_kinds,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "DepthConfig",
+    "KDAConfig",
+    "MLAConfig",
+    "MeshConfig",
+    "MetricsConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "RopeScalingConfig",
+    "TrainingConfig",
+    "arguments",
+    "attention_kinds",
+    "config_from_dict",
+    "default_config",
+    "flatten",
+    "head_dim",
+    "kda_heads",
+    "load_config",
+    "mlp_kinds",
+    "read_config",
+    "sublayers_in_block",
+    "validate_model",
+]

@@ -1,0 +1,160 @@
+"""From a config file, a run or a mapping to a validated `Config`; unknown keys and wrong types end here."""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import config_dict
+
+from attnres_jax.config.checks import validate
+from attnres_jax.config.schema import Config
+from attnres_jax.errors import ConfigError
+
+
+def default_config() -> config_dict.ConfigDict:
+    """Every key with its default, for a config file to change and return."""
+    return config_dict.ConfigDict(dataclasses.asdict(Config()))
+
+
+def arguments(text: str, **defaults: Any) -> config_dict.ConfigDict:
+    """Parses a config file's string argument, `key=value,key=value`, into the types of `defaults`.
+
+    Raises:
+      ConfigError: for a key that is not in `defaults` or a value of another type.
+    """
+    args = config_dict.ConfigDict(defaults)
+    for item in filter(None, text.split(",")):
+        key, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"config argument {item!r} is not of the form key=value; known keys: {', '.join(defaults)}"
+            )
+        _assign(args, key, value, "config argument ")
+    return args
+
+
+def sublayers_in_block(block_size: int, layers_per_block: int, default: int) -> int:
+    """`block_size`, said in sublayers or in transformer layers (two sublayers each); 0 is not said.
+
+    Raises:
+      ConfigError: if both are said and disagree.
+    """
+    if block_size and layers_per_block and block_size != 2 * layers_per_block:
+        raise ConfigError(
+            f"layers_per_block={layers_per_block} is block_size={2 * layers_per_block} (sublayers), not "
+            f"block_size={block_size}; give one of the two"
+        )
+    return block_size or 2 * layers_per_block or default
+
+
+def load_config(path_with_args: str, overrides: Sequence[str] = ()) -> Config:
+    """Loads `configs/tiny.py:residual=block,seed=1` (a file with `get_config(argument)`), validated.
+
+    Args:
+      path_with_args: the file, then after a colon what it takes as its argument.
+      overrides: `training.steps=100` and the like, applied last.
+
+    Raises:
+      ConfigError: one line naming the key, its value and what would be valid.
+    """
+    path, _, argument = path_with_args.partition(":")
+    if not Path(path).is_file():
+        near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
+        raise ConfigError(f"config file {path!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        values = module.get_config(argument)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
+        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if not equals:
+            raise ConfigError(f"override {override!r} is not of the form key=value")
+        _assign(values, key, value, "")
+    return config_from_dict(values.to_dict())
+
+
+def config_from_dict(values: Mapping[str, Any]) -> Config:
+    """Builds and validates a `Config`; absent keys take their defaults.
+
+    Raises:
+      ConfigError: for an unknown key, a wrong type or an impossible combination.
+    """
+    config = _build(Config, values, "")
+    validate(config)
+    return config
+
+
+def read_config(path: Path) -> Config:
+    """Reads the `config.json` of a run.
+
+    Raises:
+      ConfigError: if it is not there or does not hold a valid configuration.
+    """
+    try:
+        return config_from_dict(json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: {str(path.parent)!r} is not the workdir of a run") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path} is not JSON: {error}") from None
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    built = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(_unknown("", prefix + key, [prefix + name for name in fields]))
+        kind = fields[key].type
+        if dataclasses.is_dataclass(kind):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{prefix}{key}={value!r} must be a group of keys, not {type(value).__name__}")
+            built[key] = _build(kind, value, f"{prefix}{key}.")
+        elif kind is float and type(value) is int:
+            built[key] = float(value)
+        elif type(value) is not kind:
+            raise ConfigError(f"{prefix}{key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+        else:
+            built[key] = value
+    return cls(**built)
+
+
+def _assign(values: config_dict.ConfigDict, key: str, text: str, what: str) -> None:
+    """Sets `key` (dotted) of `values` to `text`, parsed as the type of the value that stands there."""
+    known = list(_leaves(values))
+    if key not in known:
+        raise ConfigError(_unknown(what, key, known))
+    *path, name = key.split(".")
+    for part in path:
+        values = values[part]
+    kind = type(values[name])
+    try:
+        values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError):
+        raise ConfigError(f"{what}{key}={text!r} must be {kind.__name__}") from None
+
+
+def _leaves(values: config_dict.ConfigDict, prefix: str = ""):
+    for key, value in values.items():
+        if isinstance(value, config_dict.ConfigDict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def _unknown(what: str, key: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(key, known, 1, 0.4) or difflib.get_close_matches(
+        key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], 1, 0.4
+    )
+    full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
+    return f"{what or 'config '}key {key!r} is unknown; " + (
+        f"did you mean {full!r}?" if full else f"known: {', '.join(known)}"
+    )
