@@ -1,6 +1,5 @@
 """`config.json`: which family a directory is of, and its model."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,9 +54,11 @@ def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Famil
 
 def with_depth(family: Family, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """A `config.json` under the depth rule of `config`."""
-    if family.nested:
-        whole = dataclasses.replace(family, nested=None)
-        return {**values, family.nested[0]: with_depth(whole, family.text_settings(values), config)}
+    text = _text_with_depth(family.text_settings(values), config)
+    return {**values, family.nested[0]: text} if family.nested else text
+
+
+def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     depth = write_depth(config.depth)
     kept = {key: value for key, value in values.items() if key not in DEPTH_KEYS}
     if "attn_res_block_size" in values and not depth:

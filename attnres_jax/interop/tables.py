@@ -96,17 +96,23 @@ MLA = (
     Tensor("out.kernel", "self_attn.o_proj.weight", MATRIX),
 )
 
-MOE = (
-    Tensor("norm.scale", "post_attention_layernorm.weight"),
-    Tensor("router.kernel", "mlp.gate.weight", MATRIX),
-    Tensor("correction_bias", "mlp.gate.e_score_correction_bias", dtype="float32"),
-    Tensor("gate.kernel", "mlp.experts.{expert}.gate_proj.weight", MATRIX),
-    Tensor("up.kernel", "mlp.experts.{expert}.up_proj.weight", MATRIX),
-    Tensor("down.kernel", "mlp.experts.{expert}.down_proj.weight", MATRIX),
-    Tensor("shared.gate.kernel", "mlp.shared_experts.gate_proj.weight", MATRIX),
-    Tensor("shared.up.kernel", "mlp.shared_experts.up_proj.weight", MATRIX),
-    Tensor("shared.down.kernel", "mlp.shared_experts.down_proj.weight", MATRIX),
-)
+
+def _moe(place: str, gate: str, up: str, down: str) -> tuple[Tensor, ...]:
+    """Experts, the router and the shared experts, in `place`; the three names are of an expert's matrices."""
+    return (
+        Tensor("norm.scale", "post_attention_layernorm.weight"),
+        Tensor("router.kernel", f"{place}.gate.weight", MATRIX),
+        Tensor("correction_bias", f"{place}.gate.e_score_correction_bias", dtype="float32"),
+        Tensor("gate.kernel", f"{place}.experts.{{expert}}.{gate}.weight", MATRIX),
+        Tensor("up.kernel", f"{place}.experts.{{expert}}.{up}.weight", MATRIX),
+        Tensor("down.kernel", f"{place}.experts.{{expert}}.{down}.weight", MATRIX),
+        Tensor("shared.gate.kernel", f"{place}.shared_experts.gate_proj.weight", MATRIX),
+        Tensor("shared.up.kernel", f"{place}.shared_experts.up_proj.weight", MATRIX),
+        Tensor("shared.down.kernel", f"{place}.shared_experts.down_proj.weight", MATRIX),
+    )
+
+
+MOE = _moe("mlp", "gate_proj", "up_proj", "down_proj")
 
 KDA = (
     Tensor("norm.scale", "input_layernorm.weight"),
@@ -134,15 +140,7 @@ FOUND_AS_MOE = tuple(dataclasses.replace(row, other=row.theirs.replace("mlp.", "
 """Dense layers between layers of experts: transformers 5.23 writes them under the experts' name, and reads both."""
 
 BLOCK_SPARSE_MOE = (
-    Tensor("norm.scale", "post_attention_layernorm.weight"),
-    Tensor("router.kernel", "block_sparse_moe.gate.weight", MATRIX),
-    Tensor("correction_bias", "block_sparse_moe.gate.e_score_correction_bias", dtype="float32"),
-    Tensor("gate.kernel", "block_sparse_moe.experts.{expert}.w1.weight", MATRIX),
-    Tensor("up.kernel", "block_sparse_moe.experts.{expert}.w3.weight", MATRIX),
-    Tensor("down.kernel", "block_sparse_moe.experts.{expert}.w2.weight", MATRIX),
-    Tensor("shared.gate.kernel", "block_sparse_moe.shared_experts.gate_proj.weight", MATRIX),
-    Tensor("shared.up.kernel", "block_sparse_moe.shared_experts.up_proj.weight", MATRIX),
-    Tensor("shared.down.kernel", "block_sparse_moe.shared_experts.down_proj.weight", MATRIX),
+    *_moe("block_sparse_moe", "w1", "w3", "w2"),
     Tensor("latent_down.kernel", "block_sparse_moe.routed_expert_down_proj.weight", MATRIX),
     Tensor("latent_norm.scale", "block_sparse_moe.routed_expert_norm.weight"),
     Tensor("latent_up.kernel", "block_sparse_moe.routed_expert_up_proj.weight", MATRIX),

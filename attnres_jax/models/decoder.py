@@ -1,15 +1,16 @@
 """The decoder: embedding, a stack of sublayers under a depth rule, final norm, head."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.config import ModelConfig, attention_kinds, head_dim, mlp_kinds
-from attnres_jax.depth import depth_scan, make_rule
+from attnres_jax.config import ModelConfig, attention_kinds, head_dim, kda_heads, mlp_kinds
+from attnres_jax.depth import Segment, depth_scan, make_rule
 from attnres_jax.layers import (
     KDA,
     MLA,
@@ -79,9 +80,7 @@ class Decoder(nnx.Module):
         stream, bank, reports = depth_scan(
             rule,
             segments,
-            lambda kind, sublayer, h, context: (
-                sublayer(h, context) if kind in REPORTING else (sublayer(h, context), ())
-            ),
+            _call,
             dict(self.sublayers.items()),
             self.sites,
             stream,
@@ -149,8 +148,9 @@ def unrolled(
 
     def sublayer(index: int, kind: str, slot: int) -> Callable:
         own = jax.tree.map(lambda stack: stack[slot], model.sublayers[kind])
-        output = (lambda h: own(h, context)[0]) if kind in REPORTING else (lambda h: own(h, context))
-        return lambda h: output(h) + (0 if probes is None else probes[index].astype(model.config.dtype))
+        return lambda h: (
+            _call(kind, own, h, context)[0] + (0 if probes is None else probes[index].astype(model.config.dtype))
+        )
 
     sublayers = [sublayer(i, kind, slot) for i, (kind, slot) in enumerate(zip(plan, slots_of(plan), strict=True))]
     plain = model.rule().plain(model.sites, model.embedding(tokens), sublayers)
@@ -222,7 +222,7 @@ def _kda(config: ModelConfig, rngs: nnx.Rngs) -> KDA:
     kda = config.kda
     return KDA(
         config.width,
-        kda.num_heads or config.num_heads,
+        kda_heads(config),
         kda.head_dim,
         conv_size=kda.conv_size,
         gate_lower_bound=kda.gate_lower_bound or None,
@@ -276,18 +276,23 @@ REPORTING = ("moe",)
 """Kinds of sublayers that return a report beside their output."""
 
 
-def _in_order(segments, reports) -> RouterReport | None:
+def _call(kind: str, sublayer: Callable, h: Array, context: Context) -> tuple[Array, Any]:
+    """A sublayer's output and its report, () from one that gives none."""
+    return sublayer(h, context) if kind in REPORTING else (sublayer(h, context), ())
+
+
+def _in_order(segments: Sequence[Segment], reports: Sequence[tuple[Any, ...]]) -> RouterReport | None:
     """The reports of all sublayers that give one, in layer order along a leading axis."""
-    given = [
-        (slot, jax.tree.map(lambda leaf, block=block: leaf[block], report))
-        for segment, of_segment in zip(segments, reports, strict=True)
-        for position, (kind, report) in enumerate(zip(segment.kinds, of_segment, strict=True))
-        if kind in REPORTING
-        for block, slot in enumerate(segment.slots[:, position])
-    ]
+    slots, given = [], []
+    for segment, of_segment in zip(segments, reports, strict=True):
+        for kind, own, report in zip(segment.kinds, segment.slots.T, of_segment, strict=True):
+            if kind in REPORTING:
+                slots.append(own)
+                given.append(report)
     if not given:
         return None
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *(report for _, report in sorted(given, key=lambda x: x[0])))
+    order = np.argsort(np.concatenate(slots))
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves)[order], *given)
 
 
 def _stack(make: Callable, config: ModelConfig, count: int, rngs: nnx.Rngs):

@@ -10,6 +10,7 @@ from attnres_jax.config import (
     RopeScalingConfig,
     attention_kinds,
     head_dim,
+    kda_heads,
     mlp_kinds,
     validate_model,
 )
@@ -148,11 +149,10 @@ def canonical(config: ModelConfig) -> ModelConfig:
     if "gqa" not in attention and not ("mla" in attention and config.mla.rotary):
         changes |= {key: getattr(default, key) for key in ("rope_theta", "rope_scaling")}
     if "kda" in attention:
-        changes["kda"] = dataclasses.replace(config.kda, num_heads=config.kda.num_heads or config.num_heads)
+        changes["kda"] = dataclasses.replace(config.kda, num_heads=kda_heads(config))
     if "moe" in mlps:
         moe = config.moe
-        shared = moe.num_shared * (moe.shared_width or moe.expert_width)  # one MLP of so many times the width
-        changes["moe"] = dataclasses.replace(moe, num_shared=min(moe.num_shared, 1), shared_width=shared)
+        changes["moe"] = dataclasses.replace(moe, num_shared=min(moe.num_shared, 1), shared_width=moe.all_shared_width)
     if "swiglu" not in mlps:
         changes["mlp_width"] = default.mlp_width
     unused = {"mla": attention, "kda": attention, "moe": mlps}

@@ -9,7 +9,7 @@ with the score correction in the experts' weights is not known; it is not, here,
 from collections.abc import Mapping
 from typing import Any
 
-from attnres_jax.config import ModelConfig, attention_kinds
+from attnres_jax.config import ModelConfig, attention_kinds, kda_heads
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import MLA_KEYS, dense_first, write_dense_first
 from attnres_jax.models.family import DECODER_KEYS, Family, Key, Preset, read_key
@@ -120,7 +120,7 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     }
     linear = {
         "head_dim": kda.head_dim,
-        "num_heads": kda.num_heads or config.num_heads,
+        "num_heads": kda_heads(config),
         "short_conv_kernel_size": kda.conv_size,
         **lists,
     }

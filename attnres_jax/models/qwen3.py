@@ -7,7 +7,8 @@ from attnres_jax.errors import ConfigError
 from attnres_jax.models.family import DECODER_KEYS, Family, Key, Preset
 
 
-def _size(name: str, parameters: int, /, **settings: Any) -> Preset:
+def size(name: str, parameters: int, /, **settings: Any) -> Preset:
+    """A released size: the settings that it has beside those of all sizes, or in their place."""
     common = {
         "vocab_size": 151936,
         "num_key_value_heads": 8,
@@ -22,7 +23,7 @@ def _size(name: str, parameters: int, /, **settings: Any) -> Preset:
 
 # Parameters of the tied sizes are counted once; the hub lists the embedding of 0.6B and 1.7B twice.
 PRESETS = {
-    "qwen3-0.6b": _size(
+    "qwen3-0.6b": size(
         "Qwen3-0.6B",
         596_049_920,
         hidden_size=1024,
@@ -31,7 +32,7 @@ PRESETS = {
         intermediate_size=3072,
         tie_word_embeddings=True,
     ),
-    "qwen3-1.7b": _size(
+    "qwen3-1.7b": size(
         "Qwen3-1.7B",
         1_720_574_976,
         hidden_size=2048,
@@ -40,7 +41,7 @@ PRESETS = {
         intermediate_size=6144,
         tie_word_embeddings=True,
     ),
-    "qwen3-4b": _size(
+    "qwen3-4b": size(
         "Qwen3-4B",
         4_022_468_096,
         hidden_size=2560,
@@ -49,7 +50,7 @@ PRESETS = {
         intermediate_size=9728,
         tie_word_embeddings=True,
     ),
-    "qwen3-8b": _size(
+    "qwen3-8b": size(
         "Qwen3-8B",
         8_190_735_360,
         hidden_size=4096,
@@ -57,7 +58,7 @@ PRESETS = {
         num_attention_heads=32,
         intermediate_size=12288,
     ),
-    "qwen3-14b": _size(
+    "qwen3-14b": size(
         "Qwen3-14B",
         14_768_307_200,
         hidden_size=5120,
@@ -65,7 +66,7 @@ PRESETS = {
         num_attention_heads=40,
         intermediate_size=17408,
     ),
-    "qwen3-32b": _size(
+    "qwen3-32b": size(
         "Qwen3-32B",
         32_762_123_264,
         hidden_size=5120,

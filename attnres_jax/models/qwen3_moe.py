@@ -1,29 +1,19 @@
 """Qwen3, the sizes with experts (Qwen, 2025): as the dense ones, softmax routing without shared experts."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from attnres_jax.config import ModelConfig, mlp_kinds
 from attnres_jax.errors import ConfigError
-from attnres_jax.models.family import DECODER_KEYS, Family, Key, Preset
-from attnres_jax.models.qwen3 import refuse_windows
+from attnres_jax.models.family import Key, Preset
+from attnres_jax.models.qwen3 import QWEN3, refuse_windows, size
 from attnres_jax.pattern import shorten
 
 
 def _size(name: str, parameters: int, /, **settings: Any) -> Preset:
-    common = {
-        "vocab_size": 151936,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "norm_topk_prob": True,
-        "max_position_embeddings": 40960,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1_000_000.0,
-        "dtype": "bfloat16",
-    }
-    return Preset(f"Qwen/{name}", parameters, common | settings)
+    experts = {"num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "norm_topk_prob": True}
+    return size(name, parameters, **experts | settings)
 
 
 PRESETS = {
@@ -63,30 +53,18 @@ def _write_layers(config: ModelConfig) -> dict[str, Any]:
     return {"decoder_sparse_step": 1, "mlp_only_layers": dense}
 
 
-QWEN3_MOE = Family(
+QWEN3_MOE = dataclasses.replace(
+    QWEN3,
     model_type="qwen3_moe",
     architecture="Qwen3MoeForCausalLM",
     keys=(
-        *DECODER_KEYS,
-        Key("head_dim", "head_dim", 128),
-        Key("max_length", "max_position_embeddings", 32768),
+        *QWEN3.keys,
         Key("moe.num_experts", "num_experts", lambda values: values.get("num_local_experts")),
         Key("moe.experts_per_token", "num_experts_per_tok", 8),
         Key("moe.expert_width", "moe_intermediate_size"),
         Key("moe.renormalise", "norm_topk_prob", False),
     ),
-    constants={
-        "qk_norm": True,
-        "attention_layers": "gqa",
-        "moe.num_shared": 0,
-        "moe.router_activation": "softmax",
-        "moe.correction_bias": False,
-    },
-    expected={
-        "hidden_act": ("silu",),
-        "attention_bias": (False,),
-        "use_sliding_window": (False,),
-    },
+    constants=QWEN3.constants | {"moe.num_shared": 0, "moe.router_activation": "softmax", "moe.correction_bias": False},
     presets=PRESETS,
     read_more=_read_layers,
     write_more=_write_layers,

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import jax
 
-from attnres_jax.config import ModelConfig, attention_kinds, head_dim, mlp_kinds
+from attnres_jax.config import ModelConfig, attention_kinds, head_dim, kda_heads, mlp_kinds
 from attnres_jax.depth import make_rule
 
 PEAK_FLOPS = {
@@ -64,7 +64,7 @@ def _mla(model: ModelConfig, sequence_length: int) -> int:
 def _kda(model: ModelConfig, sequence_length: int) -> int:
     del sequence_length
     kda, chunk = model.kda, 64
-    heads, head_dim = kda.num_heads or model.num_heads, kda.head_dim
+    heads, head_dim = kda_heads(model), kda.head_dim
     channels = heads * head_dim
     low_rank = head_dim * (model.width + channels)  # of the decay, and of the gate if that is one
     gate = model.width * channels if kda.full_rank_gate else low_rank
@@ -83,7 +83,7 @@ def _moe(model: ModelConfig, sequence_length: int) -> int:
     moe, width = model.moe, model.width
     inner = moe.latent_width or width
     routed = moe.experts_per_token * 3 * inner * moe.expert_width
-    shared = moe.num_shared * 3 * width * (moe.shared_width or moe.expert_width)
+    shared = 3 * width * moe.all_shared_width
     latent = 2 * width * inner if moe.latent_width else 0
     return 2 * (width * moe.num_experts + routed + shared + latent)
 
