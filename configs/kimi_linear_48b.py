@@ -2,7 +2,9 @@
 
 Command:  python train.py --config=configs/kimi_linear_48b.py:residual=block --workdir=runs/kimi_linear_48b
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: a TPU v5p-128 or larger; a CPU builds the shapes alone
+Hardware: not tried. Parameters and AdamW's moments take 9.2 GB on each of 64 devices; `training.accumulation` divides
+          the rest: python -m attnres_jax.parallel.show --config=configs/kimi_linear_48b.py --config.mesh.fsdp=8
+            --config.mesh.expert=8 --devices=64
 Time:     not measured
 Expected: the paper's benchmarks after 1.4T tokens (its Table 3); no run has been made here
 

@@ -2,8 +2,9 @@
 
 Command:  python train.py --config=configs/scaling.py:size=194m,residual=block --workdir=runs/scaling/194m_block
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: TPU v5p-16, v6e-16 or 16 H100s; a CPU builds the shapes alone
-Time:     not measured; the smallest size is 6 * 194e6 * 38.7e9 = 4.5e19 operations, a day on 8 H100s at a tenth of peak
+Hardware: not tried. Where the parameters lie on 16 devices, and what they and AdamW's moments take:
+          python -m attnres_jax.parallel.show --config=configs/scaling.py:size=528m --config.mesh.fsdp=16 --devices=16
+Time:     not measured; the smallest size is 6 * 194e6 * 38.7e9 = 4.5e19 operations
 Expected: the paper's losses, on its own data, stand beside the sizes below; no run has been made here
 
 Table 2 gives activated parameters, tokens, layers, heads, width, expert width, learning rate and batch. Not stated
