@@ -234,9 +234,21 @@ class MeshConfig:
     expert: int = 1
     """Parts of the batch, and of the experts."""
     stage: int = 1
-    """Parts of the layers."""
+    """Parts of the layers: see `PipelineConfig`."""
     context: int = 1
     """Parts of the sequence."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """How `training.accumulation` microbatches go through the `mesh.stage` stages; without effect on one stage."""
+
+    schedule: str = "1f1b"
+    """gpipe, 1f1b or interleaved_1f1b: `parallel/schedules.py`."""
+    virtual_stages: int = 1
+    """Runs of layers on each stage; more than one for interleaved_1f1b."""
+    transport: str = "cached"
+    """Which sources travel: those that a stage has not got (cached), or all with every hop (naive)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,6 +263,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     metrics: MetricsConfig = MetricsConfig()
     mesh: MeshConfig = MeshConfig()
+    pipeline: PipelineConfig = PipelineConfig()
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -4,10 +4,28 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from attnres_jax.depth.scan import Place
+from attnres_jax.depth.scan import Place, Segment
 
 
-class WholeBank:
+class Bare:
+    """A bank of sources and nothing beside them, whose blocks are a schedule."""
+
+    def part(self, segment: Segment) -> "Bare":
+        """Any part of a block is one."""
+        return self
+
+    def enter(
+        self, sites: PyTree, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int
+    ) -> tuple[PyTree, Array, int | Int[Array, ""]]:
+        """Parameters, sources and sites as they are."""
+        return sites, values, site
+
+    def sources(self, bank: Float[Array, "N *batch D"]) -> Float[Array, "N *batch D"]:
+        """The bank itself."""
+        return bank
+
+
+class WholeBank(Bare):
     """Sites get the bank as it is: a later one cannot read before the earlier sublayer has run, so no phase is shared.
 
     Every site passes over the bank by itself, and a block's backward pass holds a cotangent of the whole bank: correct

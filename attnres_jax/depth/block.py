@@ -1,6 +1,8 @@
 """`block`: a softmax over the embedding, the completed blocks and the own block's partial sum (eqs. 5-6)."""
 
+import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
-from attnres_jax.depth.scan import Place, Sublayer, kept_in_bank
+from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 
@@ -38,6 +40,7 @@ class Block:
         "recency_bias",
         "sum_sources",
     )
+    opened, closed = False, True  # see `part`
 
     def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
         self.block_size = block_size
@@ -81,12 +84,42 @@ class Block:
         )
         return sites_bar, Bank(values_bar, logits_bar)
 
-    def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
+    def block(
+        self, sites: Sites, stream: Array | None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]
+    ):
         """Phase 2: each site merges its share of the bank with the block's partial sum, which joins the bank."""
-        partial = self.run(sublayers[0], self.mixed(sites, view, place, 0, ()), place, 0)
-        for i, sublayer in enumerate(sublayers[1:], 1):
-            partial = partial + self.run(sublayer, self.mixed(sites, view, place, i, (partial,)), place, i)
-        return None, (self.slot(sites, partial, place.num_valid),)
+        own = (self.split(stream),) if self.opened else ()
+        for i, sublayer in enumerate(sublayers):
+            y = self.run(sublayer, self.mixed(sites, view, place, i, own), place, i)
+            own = (own[0] + y,) if own else (y,)
+        return (None, (self.slot(sites, own[0], place.num_valid),)) if self.closed else (self.join(own[0]), ())
+
+    def part(self, segment: Segment) -> "Block":
+        """The rule for a block that begins or ends outside of the segment, its partial sum in the stream."""
+        if not segment.opened and segment.closed:
+            return self
+        rule = copy.copy(self)
+        rule.opened, rule.closed = segment.opened, segment.closed
+        return rule
+
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
+        """The parameters of those sites and of the readout, behind a first row of zeros: (parameters, bank, 1).
+
+        Row 0 is that of a site whose query changes nothing; site 0 itself has one, and its query is a zero here.
+        """
+        own = jax.tree.map(
+            lambda x: jnp.concatenate(
+                [jnp.zeros_like(x[:1]), jax.lax.dynamic_slice_in_dim(x, site, num_sites), x[-1:]]
+            ),
+            sites,
+        )
+        if self.options.query != "none":
+            own.query = own.query * jnp.where((jnp.arange(num_sites + 2) == 1) & (site == 0), 0.0, 1.0)[:, None]
+        return own, jax.vmap(partial(self.slot, own))(self.split(values), jnp.arange(len(values))), 1
+
+    def sources(self, bank: Bank) -> Float[Array, "N *batch D"]:
+        """The bank's values."""
+        return self.join(bank.values)
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Array]):
         """What the block's site `i` reads: its share of the bank, and its own block's sources so far."""
@@ -123,12 +156,12 @@ class Block:
         return adjust(logits, ages, is_embedding, recency, self.options)
 
     def num_appended(self, num_sites: int) -> int:
-        """One source a block."""
-        return 1
+        """One source a block, where it ends."""
+        return int(self.closed)
 
     def num_own(self, i: int) -> int:
         """Sources of the own block that its site `i` reads."""
-        return min(i, 1)
+        return 1 if self.opened else min(i, 1)
 
     def readout(self, sites: Sites, stream: None, bank: Bank) -> Float[Array, "*batch D"]:
         """The last site, over the embedding, all blocks and what was the last partial sum."""

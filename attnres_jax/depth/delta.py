@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from attnres_jax.depth.block import Bank
 from attnres_jax.depth.full import Full
@@ -44,6 +44,10 @@ class Delta(Full):
             stream = stream + y
             slots.append(self.slot(sites, y, place.num_valid + i))
         return stream, tuple(slots)
+
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
+        """As without a stream; slot 0, where the embedding comes, is the null source."""
+        return super().enter(sites, values.at[0].set(0), site, num_sites)
 
     def readout(self, sites: Sites, stream: Float[Array, "*batch D"], bank: Bank) -> Float[Array, "*batch D"]:
         """The last site, over all outputs."""

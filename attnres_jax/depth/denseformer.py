@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from attnres_jax.depth.bank import Bare
 from attnres_jax.depth.operator import mix, mix_transpose
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain
@@ -28,7 +29,7 @@ class SourceWeights(nnx.Module):
         self.weight = nnx.Param(jnp.ones((num_sublayers + 1, num_sublayers + 1)))
 
 
-class DenseFormer:
+class DenseFormer(Bare):
     """Static weights over every earlier output; blocks are a schedule, and change nothing but the cost."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()

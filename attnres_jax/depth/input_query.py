@@ -77,6 +77,14 @@ class InputQuery(WholeBank, Block):
             self.summed(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()), count)
         )
 
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
+        """Parameters and sites as they are, the sources' channels cut into groups."""
+        return sites, self.split(values), site
+
+    def sources(self, bank: Array) -> Float[Array, "N *batch D"]:
+        """Channels put together again."""
+        return self.join(bank)
+
     def flops(self, num_sublayers: int, width: int) -> int:
         """As without projection, and a D x D projection a site."""
         return super().flops(num_sublayers, width) + (num_sublayers + 1) * 2 * width**2

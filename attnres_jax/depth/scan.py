@@ -37,10 +37,14 @@ class Segment:
     Attributes:
       kinds: for each sublayer of a block in order, the name of the stack that its parameters are in.
       slots: [blocks, sublayers of a block], the place of each in its stack.
+      opened: the one block of the segment goes on from the segment before it (a pipeline's stage cut it in two).
+      closed: False if it does not end here.
     """
 
     kinds: tuple[str, ...]
     slots: np.ndarray
+    opened: bool = False
+    closed: bool = True
 
 
 class Place(NamedTuple):
@@ -71,6 +75,17 @@ class Rule(Protocol):
     def num_appended(self, num_sites: int) -> int:
         """How many slots a block of `num_sites` sublayers appends."""
 
+    def part(self, segment: Segment) -> "Rule":
+        """The rule for a block that begins or ends outside of `segment`, its partial sum in the stream."""
+
+    def enter(
+        self, sites: PyTree, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int
+    ) -> tuple[PyTree, PyTree, int | Int[Array, ""]]:
+        """From the bare sources: (parameters, bank and first site) as a run of sublayers from `site` on sees them."""
+
+    def sources(self, bank: PyTree) -> Float[Array, "N *batch D"]:
+        """The inverse: a bank's bare sources."""
+
 
 def depth_scan(
     rule: Rule,
@@ -83,6 +98,7 @@ def depth_scan(
     context: PyTree = None,
     *,
     remat: str = "none",
+    at: tuple[int | Int[Array, ""], int | Int[Array, ""]] | None = None,
 ) -> tuple[PyTree, PyTree, list[tuple[PyTree, ...]]]:
     """Runs all blocks of all segments. Differentiable in `stacks`, `sites`, `stream` and `bank`, not in `context`.
 
@@ -96,6 +112,8 @@ def depth_scan(
       bank: the slots complete before the first block, along a leading axis, or None.
       context: what every sublayer sees (positions, masks, ...).
       remat: what the blocks keep for the backward pass, a key of `REMAT_POLICIES`.
+      at: for a part of a stack, (its first site, how many slots are complete before it); the bank then has room for
+        all that the part appends. None: the stack from its start.
 
     Returns:
       The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
@@ -111,13 +129,17 @@ def depth_scan(
     ]
     if len(set(used)) < len(used):
         raise ValueError(f"a sublayer's parameters are used twice: {max(used, key=used.count)}; give each its own slot")
-    places = _places(rule, segments, _length(bank))
+    rules = [rule if segment.closed and not segment.opened else rule.part(segment) for segment in segments]
+    appended = [part.num_appended(len(segment.kinds)) for part, segment in zip(rules, segments, strict=True)]
+    start = (0, _length(bank)) if at is None else (0, 0)
     capacity = _length(bank) + sum(
-        segment.slots.shape[0] * rule.num_appended(len(segment.kinds)) for segment in segments
+        segment.slots.shape[0] * slots for segment, slots in zip(segments, appended, strict=True) if at is None
     )
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
 
-    def forward(stacks, sites, stream, bank, context, save):
+    def forward(stacks, sites, stream, bank, where, save):
+        context, at = where
+        places = _places(segments, appended, start if at is None else at)
         bank = jax.tree.map(
             lambda slots: jnp.zeros((capacity, *slots.shape[1:]), slots.dtype).at[: len(slots)].set(slots), bank
         )
@@ -126,7 +148,7 @@ def depth_scan(
 
             def run_block(carry, at, index=index, segment=segment):
                 stream, bank = carry
-                slots, place = at[0], Place(*at[1:], len(segment.kinds))
+                rule, slots, place = rules[index], at[0], Place(*at[1:], len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment.kinds, call, place, context, remat if save else "none")
@@ -137,53 +159,66 @@ def depth_scan(
                     (stream, new, report), kept = block(sites, stream, view, parameters), None
                 return (stream, _append(bank, new, place.num_valid)), (report, kept)
 
-            (stream, bank), (report, kept) = jax.lax.scan(run_block, (stream, bank), places[index])
+            if segment.opened or not segment.closed:  # its stream is of another kind before than after: no carry
+                (stream, bank), out = run_block(
+                    (stream, bank), jax.tree.map(lambda x: jnp.asarray(x)[0], places[index])
+                )
+                report, kept = jax.tree.map(lambda x: x[None], out)
+            else:
+                (stream, bank), (report, kept) = jax.lax.scan(run_block, (stream, bank), places[index])
             reports.append(report)
             saved.append(kept)
         return (stream, bank, reports), saved
 
     @jax.custom_vjp
-    def run(stacks, sites, stream, bank, context):
-        return forward(stacks, sites, stream, bank, context, save=False)[0]
+    def run(stacks, sites, stream, bank, where):
+        return forward(stacks, sites, stream, bank, where, save=False)[0]
 
-    def run_forward(stacks, sites, stream, bank, context):
-        out, saved = forward(stacks, sites, stream, bank, context, save=True)
-        return out, (stacks, sites, out[1], context, saved)
+    def run_forward(stacks, sites, stream, bank, where):
+        out, saved = forward(stacks, sites, stream, bank, where, save=True)
+        return out, (stacks, sites, out[1], where, saved)
 
     def run_backward(residuals, cotangents):
-        stacks, sites, bank, context, saved = residuals
+        stacks, sites, bank, (context, at), saved = residuals
         stream_bar, bank_bar, reports_bar = cotangents
+        places = _places(segments, appended, start if at is None else at)
         stacks_bar, sites_bar = (jax.tree.map(jnp.zeros_like, parameters) for parameters in (stacks, sites))
         for index, segment in reversed(list(enumerate(segments))):
-            appended = rule.num_appended(len(segment.kinds))
 
-            def run_block(carry, at, index=index, segment=segment, appended=appended):
+            def run_block(carry, at, index=index, segment=segment):
                 stream_bar, bank_bar, new_bar, stacks_bar, sites_bar = carry
                 (slots, *where), kept, report_bar = at
-                place = Place(*where, len(segment.kinds))
+                rule, place = rules[index], Place(*where, len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
-                new = _slots_from(place.num_valid, appended, bank)
+                new = _slots_from(place.num_valid, appended[index], bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
                 site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
-                new_bar = _slots_from(place.num_valid - appended, appended, bank_bar)
+                new_bar = _slots_from(place.num_valid - appended[index], appended[index], bank_bar)
                 stacks_bar = _put(stacks_bar, segment.kinds, slots, parameters_bar)
                 sites_bar = jax.tree.map(lambda *bars: sum(bars), sites_bar, site_bar, read_bar)
                 return (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar), None
 
-            new_bar = _slots_from(int(places[index][2][-1]), appended, bank_bar)
+            new_bar = _slots_from(jnp.asarray(places[index][2][-1]), appended[index], bank_bar)
             carry = (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar)
-            at = (places[index], saved[index], reports_bar[index])
-            (stream_bar, bank_bar, _, stacks_bar, sites_bar), _ = jax.lax.scan(run_block, carry, at, reverse=True)
-        bank_bar = jax.tree.map(lambda bars, slots: bars[: len(slots)], bank_bar, bank_in)
+            at_blocks = (places[index], saved[index], reports_bar[index])
+            if segment.opened or not segment.closed:
+                carry, _ = run_block(carry, jax.tree.map(lambda x: jnp.asarray(x)[0], at_blocks))
+            else:
+                carry, _ = jax.lax.scan(run_block, carry, at_blocks, reverse=True)
+            stream_bar, bank_bar, _, stacks_bar, sites_bar = carry
+        if at is None:
+            bank_bar = jax.tree.map(lambda bars, slots: bars[: len(slots)], bank_bar, bank_in)
+        else:  # what was appended had taken the place of what was there
+            bank_bar = jax.tree.map(lambda bars: _first(bars, at[1]), bank_bar)
         return stacks_bar, sites_bar, stream_bar, bank_bar, None
 
     bank_in = bank
     run.defvjp(run_forward, run_backward)
-    return run(stacks, sites, stream, bank, context)
+    return run(stacks, sites, stream, bank, (context, at))
 
 
 def kept_in_bank(source: Array) -> Array:
@@ -237,16 +272,22 @@ def _strip(pullback: Callable, known: PyTree) -> tuple[_Structure, list[Array]]:
     return _Structure(treedef, tuple(places[id(leaf)] for leaf in leaves)), kept
 
 
-def _places(rule: Rule, segments: Sequence[Segment], num_valid: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+def _places(
+    segments: Sequence[Segment], appended: Sequence[int], start: tuple[int | Array, int | Array]
+) -> list[tuple[Any, Any, Any]]:
     """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
-    places, site = [], 0
-    for segment in segments:
+    places, (site, num_valid) = [], start
+    for segment, slots in zip(segments, appended, strict=True):
         blocks, sites = segment.slots.shape
-        appended = rule.num_appended(sites)
         steps = np.arange(blocks, dtype=np.int32)
-        places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + appended * steps))
-        site, num_valid = site + sites * blocks, num_valid + appended * blocks
+        places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + slots * steps))
+        site, num_valid = site + sites * blocks, num_valid + slots * blocks
     return places
+
+
+def _first(slots: Array, count: Int[Array, ""]) -> Array:
+    """The first `count` slots, and zeros in the place of the others."""
+    return jnp.where(jnp.arange(len(slots)).reshape(-1, *[1] * (slots.ndim - 1)) < count, slots, 0)
 
 
 def _length(bank: PyTree) -> int:

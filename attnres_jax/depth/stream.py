@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree
 
 from attnres_jax.depth.options import DEFAULTS, Options
-from attnres_jax.depth.scan import Place, Sublayer
+from attnres_jax.depth.scan import Place, Segment, Sublayer
 
 
 class StreamRule:
@@ -44,6 +44,17 @@ class StreamRule:
     def num_appended(self, num_sites: int) -> int:
         """Nothing is appended."""
         return 0
+
+    def part(self, segment: Segment) -> "StreamRule":
+        """Blocks are a schedule: any part of one is one."""
+        return self
+
+    def enter(self, sites: PyTree, values: Array, site: int | Int[Array, ""], num_sites: int):
+        """Parameters and sites as they are; there is no bank."""
+        return sites, None, site
+
+    def sources(self, bank: None) -> None:
+        """None."""
 
     def flops(self, num_sublayers: int, width: int) -> int:
         """Matrix products of depth mixing, forward, in operations a token: none."""

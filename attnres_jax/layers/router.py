@@ -154,6 +154,13 @@ def report(routing: Routing, valid: Bool[Array, "B T"] | None = None) -> RouterR
     )
 
 
+def weigh(report: RouterReport) -> RouterReport:
+    """The report times its number of tokens, which stays: such are added up over batches; any leading axes."""
+    tokens = report.tokens
+    times = lambda leaf: leaf * tokens.reshape(*tokens.shape, *[1] * (leaf.ndim - tokens.ndim))  # noqa: E731
+    return jax.tree.map(times, report)._replace(tokens=tokens)
+
+
 def max_violation(load: Float[Array, "*layers E"]) -> Float[Array, "*layers"]:
     """max(load) / mean(load) - 1 (Wang et al., 2024); 0 where there is no load."""
     mean = jnp.mean(load, axis=-1)

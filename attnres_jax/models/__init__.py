@@ -1,6 +1,6 @@
 """The decoder: layer plan -> segments -> stack; and the families of released models."""
 
-from attnres_jax.models.decoder import Decoder, Trace, unrolled
+from attnres_jax.models.decoder import Decoder, Trace, call_sublayer, plan_of, reports_in_order, rule_of, unrolled
 from attnres_jax.models.families import FAMILIES, PRESETS, default_block_size, family_of, preset
 from attnres_jax.models.family import Family
 from attnres_jax.models.parameters import activated_parameters, named_leaves, parameter_name
@@ -12,10 +12,14 @@ __all__ = [
     "Family",
     "Trace",
     "activated_parameters",
+    "call_sublayer",
     "default_block_size",
     "family_of",
     "named_leaves",
     "parameter_name",
+    "plan_of",
     "preset",
+    "reports_in_order",
+    "rule_of",
     "unrolled",
 ]

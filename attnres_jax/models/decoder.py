@@ -10,7 +10,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.config import ModelConfig, attention_kinds, head_dim, kda_heads, mlp_kinds
-from attnres_jax.depth import Segment, depth_scan, make_rule
+from attnres_jax.depth import Rule, Segment, depth_scan, make_rule
 from attnres_jax.layers import (
     KDA,
     MLA,
@@ -80,7 +80,7 @@ class Decoder(nnx.Module):
         stream, bank, reports = depth_scan(
             rule,
             segments,
-            _call,
+            call_sublayer,
             dict(self.sublayers.items()),
             self.sites,
             stream,
@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
             context,
             remat=self.config.remat,
         )
-        return self.logits(rule.readout(self.sites, stream, bank)), _in_order(segments, reports)
+        return self.logits(rule.readout(self.sites, stream, bank)), reports_in_order(segments, reports)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and head."""
@@ -96,13 +96,11 @@ class Decoder(nnx.Module):
 
     def plan(self) -> list[str]:
         """The kind of every sublayer, in order."""
-        pairs = zip(attention_kinds(self.config), mlp_kinds(self.config), strict=True)
-        return [kind for pair in pairs for kind in pair]
+        return plan_of(self.config)
 
-    def rule(self):
+    def rule(self) -> Rule:
         """The depth rule."""
-        depth = self.config.depth
-        return make_rule(depth.rule, depth.block_size, self.config.norm_eps, depth)
+        return rule_of(self.config)
 
     def context(self, tokens, segment_ids=None, positions=None) -> Context:
         """What every sublayer sees beside its input."""
@@ -149,7 +147,8 @@ def unrolled(
     def sublayer(index: int, kind: str, slot: int) -> Callable:
         own = jax.tree.map(lambda stack: stack[slot], model.sublayers[kind])
         return lambda h: (
-            _call(kind, own, h, context)[0] + (0 if probes is None else probes[index].astype(model.config.dtype))
+            call_sublayer(kind, own, h, context)[0]
+            + (0 if probes is None else probes[index].astype(model.config.dtype))
         )
 
     sublayers = [sublayer(i, kind, slot) for i, (kind, slot) in enumerate(zip(plan, slots_of(plan), strict=True))]
@@ -162,6 +161,17 @@ def unrolled(
         None if plain.weights is None else tuple(plain.weights),
         tuple(plain.matrix),
     )
+
+
+def plan_of(config: ModelConfig) -> list[str]:
+    """The kind of every sublayer, in order."""
+    pairs = zip(attention_kinds(config), mlp_kinds(config), strict=True)
+    return [kind for pair in pairs for kind in pair]
+
+
+def rule_of(config: ModelConfig) -> Rule:
+    """The depth rule."""
+    return make_rule(config.depth.rule, config.depth.block_size, config.norm_eps, config.depth)
 
 
 def rope_scaling(config: ModelConfig) -> RopeScaling | None:
@@ -276,12 +286,12 @@ REPORTING = ("moe",)
 """Kinds of sublayers that return a report beside their output."""
 
 
-def _call(kind: str, sublayer: Callable, h: Array, context: Context) -> tuple[Array, Any]:
+def call_sublayer(kind: str, sublayer: Callable, h: Array, context: Context) -> tuple[Array, Any]:
     """A sublayer's output and its report, () from one that gives none."""
     return sublayer(h, context) if kind in REPORTING else (sublayer(h, context), ())
 
 
-def _in_order(segments: Sequence[Segment], reports: Sequence[tuple[Any, ...]]) -> RouterReport | None:
+def reports_in_order(segments: Sequence[Segment], reports: Sequence[tuple[Any, ...]]) -> RouterReport | None:
     """The reports of all sublayers that give one, in layer order along a leading axis."""
     slots, given = [], []
     for segment, of_segment in zip(segments, reports, strict=True):

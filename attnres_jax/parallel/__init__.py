@@ -9,6 +9,7 @@ from attnres_jax.parallel.mesh import (
     mesh_that_fits,
     one_device_mesh,
 )
+from attnres_jax.parallel.pipeline import pipeline_gradients
 from attnres_jax.parallel.sharding import (
     TABLE,
     batch_sharding,
@@ -33,6 +34,7 @@ __all__ = [
     "mesh_that_fits",
     "one_device_mesh",
     "parameter_sharding",
+    "pipeline_gradients",
     "put_batch",
     "put_whole",
     "replicated",

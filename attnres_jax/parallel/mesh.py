@@ -22,6 +22,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from attnres_jax.config import Config, MeshConfig, attention_kinds, mlp_kinds
 from attnres_jax.errors import ConfigError
+from attnres_jax.models import plan_of, rule_of
+from attnres_jax.parallel.schedules import make_schedule
+from attnres_jax.parallel.stages import cut_chunks
 
 AXES = ("data", "fsdp", "stage", "expert", "context", "tensor")
 TYPES = (AxisType.Auto,) * len(AXES)
@@ -98,8 +101,7 @@ def asked_sizes(mesh: MeshConfig) -> Sizes:
 
 def problems(config: Config, sizes: Sizes) -> Iterator[str]:
     """What of the model and the batch the mesh does not divide, a line each."""
-    if sizes["stage"] > 1:
-        yield f"mesh.stage={sizes['stage']}: there is no pipeline schedule yet, so that it must be 1"
+    yield from _pipeline_problems(config, sizes["stage"])
     for key, length in split_by_tensor(config).items():
         if length % sizes["tensor"]:
             yield f"mesh.tensor={sizes['tensor']} does not divide {key}={length}"
@@ -117,6 +119,20 @@ def problems(config: Config, sizes: Sizes) -> Iterator[str]:
             f"data.batch_size={config.data.batch_size} does not divide over mesh.data={sizes['data']} * "
             f"mesh.fsdp={sizes['fsdp']} * mesh.expert={sizes['expert']}{steps}; data.batch_size={near} would"
         )
+
+
+def _pipeline_problems(config: Config, stages: int) -> Iterator[str]:
+    if stages == 1:
+        return
+    model, pipeline, micro_batches = config.model, config.pipeline, config.training.accumulation
+    try:
+        make_schedule(pipeline.schedule, stages, pipeline.virtual_stages, micro_batches)
+        cut_chunks(plan_of(model), rule_of(model), stages * pipeline.virtual_stages)
+    except ValueError as error:
+        virtual = f", pipeline.virtual_stages={pipeline.virtual_stages}" if pipeline.virtual_stages > 1 else ""
+        yield f"mesh.stage={stages}{virtual}: {error}"
+    if model.vocab_size % stages:
+        yield f"mesh.stage={stages} does not divide model.vocab_size={model.vocab_size}"
 
 
 def split_by_tensor(config: Config) -> dict[str, int]:
@@ -190,9 +206,9 @@ def _nearest(config: Config, num_devices: int) -> str:
 
 
 def _factorisations(number: int) -> Iterator[Sizes]:
-    """All sizes that multiply to `number`, without stages."""
+    """All sizes that multiply to `number`."""
     divisors = [n for n in range(1, number + 1) if number % n == 0]
-    axes = [axis for axis in AXES if axis not in ("data", "stage")]
+    axes = [axis for axis in AXES if axis != "data"]
 
     def extend(left: int, count: int) -> Iterator[tuple[int, ...]]:
         if not count:

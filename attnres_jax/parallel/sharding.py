@@ -5,7 +5,8 @@
     sequence   tokens by position, in hidden states and the bank: also over `tensor`, between the matmuls
     length     tokens by position inside a sublayer, where every device of `tensor` has its own heads of all of them
     width      of parameters: split over `fsdp`, and put together where they are used; those of no expert over `expert`
-               too, whose devices have rows of their own like those of `fsdp`
+               too, whose devices have rows of their own like those of `fsdp`; and over `stage`, where a step of the
+               pipeline begins with each stage getting its layers
 
 A logical axis that its mesh axes do not divide is whole on every device; `python -m attnres_jax.parallel.show` prints
 what came of it.
@@ -30,10 +31,10 @@ TABLE: Table = (
     ("length", ("context",)),
     ("heads", ("tensor",)),
     ("mlp", ("tensor",)),
-    ("vocab", ("tensor",)),
+    ("vocab", ("stage", "tensor")),
     ("experts", ("expert",)),
-    ("width", ("fsdp", "expert")),
-    ("rank", ("fsdp", "expert")),
+    ("width", ("stage", "fsdp", "expert")),
+    ("rank", ("stage", "fsdp", "expert")),
 )
 
 PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (

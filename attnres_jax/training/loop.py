@@ -81,7 +81,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
         # Step.
         if start < steps and not stop.requested:
             _say("compiling the step")
-            train_step = make_train_step(training, optimizer, schedule, shapes)
+            train_step = make_train_step(training, optimizer, schedule, shapes, config.pipeline)
             shapes_of_batch = batch_shapes(config.data, mesh)
             train_step, record["compile_seconds"] = compile_step(train_step, shapes, shapes_of_batch, token_bytes)
             record["peak_memory_bytes"] = program_bytes(train_step)

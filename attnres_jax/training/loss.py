@@ -2,12 +2,12 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from attnres_jax.config import TrainingConfig
 from attnres_jax.evaluation.perplexity import Batch, token_nll
+from attnres_jax.layers.router import weigh
 
 SUMS = ("nll", "log_z_squared", "bytes")
 """What the objective also returns: weighted sums of nats, squared log-partitions, and bytes of text predicted."""
@@ -34,7 +34,5 @@ def objective(
     if reports is not None:
         balance, z_loss = jnp.mean(reports.balance_loss), jnp.mean(reports.z_loss)
         total += jnp.sum(weights) * (config.router_balance_loss * balance + config.router_z_loss * z_loss)
-        tokens = reports.tokens
-        weighted = jax.tree.map(lambda leaf: leaf * tokens.reshape(-1, *[1] * (leaf.ndim - 1)), reports)
-        sums["router"] = weighted._replace(tokens=tokens)
+        sums["router"] = weigh(reports)
     return total / total_weight, sums

@@ -11,16 +11,17 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from attnres_jax.config import DataConfig, TrainingConfig
+from attnres_jax.config import DataConfig, PipelineConfig, TrainingConfig
 from attnres_jax.evaluation.perplexity import Batch, bits_per_byte
 from attnres_jax.layers import RouterReport, update_bias
 from attnres_jax.layers.router import max_violation
 from attnres_jax.models import parameter_name
-from attnres_jax.parallel import batch_sharding
+from attnres_jax.parallel import batch_sharding, pipeline_gradients
 from attnres_jax.training.loss import objective
 from attnres_jax.training.parameters import group_norms
 from attnres_jax.training.state import TrainState
 
+DEFAULT_PIPELINE = PipelineConfig()
 TrainStep = Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Any]]]
 
 
@@ -29,6 +30,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
     shapes: TrainState | None = None,
+    pipeline: PipelineConfig = DEFAULT_PIPELINE,
 ) -> TrainStep:
     """The jitted `step(state, batch, token_bytes) -> (state, metrics)`; `state` is donated.
 
@@ -38,7 +40,8 @@ def make_train_step(
     losses unscaled, how far the busiest expert is above an even load, and the share of idle ones. After the optimizer's
     update the score corrections follow the load, until `router_bias_until` of the steps are done.
 
-    `shapes` with shardings on a mesh: the new state lies where they say, and metrics are whole on every device.
+    `shapes` with shardings on a mesh: the new state lies where they say, and metrics are whole on every device. Where
+    that mesh has several stages, the micro-batches go through them as `pipeline` says.
     """
     bias_steps = math.ceil(config.router_bias_until * config.steps)
 
@@ -50,7 +53,9 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=places)
     def step(state: TrainState, batch: Batch, token_bytes: Any) -> tuple[TrainState, dict[str, Any]]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        gradients, sums = accumulate(state.model, batch, token_bytes, total_weight, config)
+        parts = state.model, batch, token_bytes, total_weight, config
+        staged = jax.sharding.get_abstract_mesh().shape.get("stage", 1) > 1
+        gradients, sums = pipeline_gradients(*parts, pipeline) if staged else accumulate(*parts)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {

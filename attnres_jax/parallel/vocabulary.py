@@ -1,0 +1,82 @@
+"""Embedding and output head of a pipeline: the vocabulary is cut over the stages, and all of them work on it at once.
+
+Were they on the first and the last stage, those would have more to do than the others, and everyone would wait. Cut in P
+parts each stage looks up, multiplies and differentiates 1/P of the vocabulary: the hidden states of a microbatch go from
+the last stage to all, and sums of one number a token and of the cotangent come back (Yeung et al. 2024,
+arXiv 2411.05288). Inside `shard_map`, with the table's first axis split.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from attnres_jax.layers import Embedding
+
+
+class HeadResult(NamedTuple):
+    """What the head makes of a microbatch; `nll` and `log_z` are the same on all stages."""
+
+    nll: Float[Array, "B T"]
+    log_z: Float[Array, "B T"]
+    h_bar: Float[Array, "B T D"]
+    table_bar: Embedding
+
+
+def look_up(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> Float[Array, "B T D"]:
+    """The tokens' embeddings, whole on every stage."""
+    own, is_own = _own(table, tokens, axis)
+    return jax.lax.psum(jnp.where(is_own[..., None], table(own), 0), axis)
+
+
+def add_look_up_transpose(
+    table_bar: Embedding, tokens: Int[Array, "B T"], embedding_bar: Float[Array, "B T D"], axis: str
+) -> Embedding:
+    """`table_bar` with the cotangent of `look_up` added, which is the same on every stage."""
+    own, is_own = _own(table_bar, tokens, axis)
+    size = table_bar.table.shape[0]
+    add = lambda table: table.at[jnp.where(is_own, own, size)].add(  # noqa: E731
+        embedding_bar.astype(table.dtype), mode="drop"
+    )
+    return jax.tree.map(add, table_bar)
+
+
+def head(
+    table: Embedding,
+    h: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    scale: Float[Array, "B T"],
+    z_loss: float,
+    axis: str,
+) -> HeadResult:
+    """The loss of every token and the gradient of sum(scale * (nll + z_loss * log_z^2)).
+
+    Args:
+      table: this stage's part.
+      h: after the final norm, the same on every stage.
+      targets: token ids.
+      scale: what each token counts.
+      z_loss: weight of the squared log-partition.
+      axis: the mesh axis of the stages.
+    """
+    logits, pullback = jax.vjp(lambda table, h: table.logits(h), table, h)
+    own, is_own = _own(table, targets, axis)
+    highest = jax.lax.pmax(jnp.max(logits, axis=-1), axis)
+    log_z = highest + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), axis))
+    of_target = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]
+    nll = log_z - jax.lax.psum(jnp.where(is_own, of_target, 0), axis)
+    hit = is_own[..., None] & (own[..., None] == jnp.arange(logits.shape[-1]))
+    softmax = jnp.exp(logits - log_z[..., None])
+    logits_bar = scale[..., None] * ((1 + 2 * z_loss * log_z)[..., None] * softmax - hit)
+    table_bar, h_bar = pullback(logits_bar)
+    h_bar = jax.lax.psum(h_bar.astype(jnp.float32), axis).astype(h.dtype)
+    return HeadResult(nll, log_z, h_bar, table_bar)
+
+
+def _own(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> tuple[Int[Array, "B T"], Array]:
+    """(places in this stage's part of the table, whether the token is there)."""
+    size = table.table.shape[0]
+    local = tokens - jax.lax.axis_index(axis) * size
+    is_own = (local >= 0) & (local < size)
+    return jnp.where(is_own, local, 0), is_own
