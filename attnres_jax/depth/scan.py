@@ -206,7 +206,7 @@ def depth_scan(
             carry = (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar)
             at_blocks = (places[index], saved[index], reports_bar[index])
             if segment.opened or not segment.closed:
-                carry, _ = run_block(carry, jax.tree.map(lambda x: jnp.asarray(x)[0], at_blocks))
+                carry, _ = run_block(carry, _only(at_blocks))
             else:
                 carry, _ = jax.lax.scan(run_block, carry, at_blocks, reverse=True)
             stream_bar, bank_bar, _, stacks_bar, sites_bar = carry
@@ -283,6 +283,11 @@ def _places(
         places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + slots * steps))
         site, num_valid = site + sites * blocks, num_valid + slots * blocks
     return places
+
+
+def _only(blocks: PyTree) -> PyTree:
+    """Of a segment of one block that block."""
+    return jax.tree.map(lambda x: jnp.asarray(x)[0], blocks)
 
 
 def _first(slots: Array, count: Int[Array, ""]) -> Array:

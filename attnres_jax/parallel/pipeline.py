@@ -37,7 +37,7 @@ from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule, places
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
 from attnres_jax.parallel.transport import patterns, send, windows
-from attnres_jax.parallel.vocabulary import add_look_up_transpose, head, look_up
+from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose
 
 AXIS = "stage"
 WHOLE = -1
@@ -246,10 +246,13 @@ class _Engine:
             h_whole = jax.lax.psum(jnp.where(chunk == last, h, 0), AXIS)
             result = head(table, h_whole, targets, weights / total_weight, self.training.z_loss, AXIS)
             terms = result.nll, jnp.square(result.log_z), token_bytes[targets]
-            return [jnp.sum(weights * term) for term in terms], result.h_bar, result.table_bar
+            return [jnp.sum(weights * term) for term in terms], _hidden(result.h_bar), result.table_bar
 
-        nothing = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(turn))  # noqa: E731
-        terms, h_bar, bar = jax.lax.cond(row["head.micro"] != IDLE, turn, nothing)
+        def go_on() -> Any:
+            terms, h_bar, bar = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(turn))
+            return terms, _hidden(h_bar), at_rest(bar)
+
+        terms, h_bar, bar = jax.lax.cond(row["head.micro"] != IDLE, turn, go_on)
         sums |= {key: sums[key] + term for key, term in zip(("nll", "log_z_squared", "bytes"), terms, strict=True)}
         table_bar = jax.tree.map(jnp.add, table_bar, bar)
         h_bars = _put(h_bars, (row["head.h_bar"],), h_bar)
@@ -278,10 +281,13 @@ class _Engine:
         sites_bar, final_norm_bar = busy((sites_bar, final_norm_bar), (site_bar, norm_bar))
 
         # A microbatch ends: its embedding's gradient, on every stage.
-        ended = row["end.micro"] != IDLE
-        look = lambda: jax.lax.psum(_at(bars, row["end.bars"])[0], AXIS)  # noqa: E731
-        embedded_bar = jax.lax.cond(ended, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-        embedding_bar = add_look_up_transpose(embedding_bar, of("inputs", row["end.micro"]), embedded_bar, AXIS)
+        def end() -> Any:
+            bar = jax.lax.psum(_at(bars, row["end.bars"])[0], AXIS)
+            return look_up_transpose(embedding, of("inputs", row["end.micro"]), bar, AXIS)
+
+        zeros = lambda: at_rest(jax.tree.map(jnp.zeros_like, embedding))  # noqa: E731
+        bar = jax.lax.cond(row["end.micro"] != IDLE, end, zeros)
+        embedding_bar = jax.tree.map(jnp.add, embedding_bar, bar)
         bars = _put(bars, (row["end.bars"],), jnp.zeros(bars.shape[1:], bars.dtype))
 
         ahead, back = self.plan.sends[False], self.plan.sends[True]

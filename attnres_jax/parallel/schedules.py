@@ -1,15 +1,15 @@
 """Pipeline schedules: which microbatch each stage runs forward and backward in every tick, as tables.
 
-A pipeline of P stages, each with V runs of layers (virtual stages), has C = P V chunks: chunk c = v P + r is on stage r.
-In a tick a stage runs at most one chunk forward and then at most one backward, and what it makes is with its neighbour
-in the next. All three schedules send microbatches through the chunks in groups of P, so that a group's last chunk on the
-last stage is followed by its next on the first without waiting:
+A pipeline of P stages, each with V runs of layers (virtual stages), has C = P V chunks: chunk c = v P + r is on stage
+r. In a tick a stage runs at most one chunk forward and then at most one backward, and what it makes is with its
+neighbour in the next. All three schedules send microbatches through the chunks in groups of P, so that a chunk on the
+last stage is followed by the next, on the first, without waiting:
 
     gpipe              all forward, then all backward: as many microbatches in flight as there are
     1f1b               each backward as soon as its forward is through: at most 2 P - 1 in flight
     interleaved_1f1b   the same with V > 1: bubbles shrink to those of 1/V of the layers; M is a multiple of P
 
-A stage that is idle in a tick skips it, so that with F and B the time of a chunk forward and backward each of them takes
+A stage that is idle in a tick skips it: with F and B the time of a chunk forward and backward, each of them takes
 (M V + P - 1)(F + B), of which (P - 1)(F + B) is the bubble (Narayanan et al. 2021, arXiv 2104.04473, section 2.2).
 """
 

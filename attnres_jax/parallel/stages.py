@@ -52,7 +52,7 @@ def cut_chunks(plan: Sequence[str], rule: Rule, chunks: int) -> list[Chunk]:
     if size > 1 and type(rule) is not Block and 2 * run % size:
         near = min((n for n in range(1, layers + 1) if not 2 * -(-layers // n) % size), key=lambda n: abs(n - chunks))
         raise ValueError(
-            f"{chunks} runs of {run} layers cut a block of {size} sublayers in two, which only the rule 'block' allows; "
+            f"{chunks} runs of {run} layers cut blocks of {size} sublayers, which only the rule 'block' allows; "
             f"nearest: {near} runs"
         )
     found, structures, num_valid, slots = [], {}, 1, slots_of(plan)

@@ -11,6 +11,7 @@ The embedding is no part of it: all stages look it up together, see `vocabulary.
 another, or nothing, sends no more than that: the sends of a tick are one of few patterns, each compiled for itself.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -104,7 +105,7 @@ def _sender(pattern: Pattern, width: int, axis: str, backward: bool) -> Any:
 
     def run(slots: Array, stream: PyTree) -> tuple[Array, PyTree]:
         parts = []
-        for first, last in zip(levels, levels[1:], strict=False):
+        for first, last in itertools.pairwise(levels):
             routes = pairs([count > first for count, _ in pattern])
             part = slots[first:last]
             parts.append(jax.lax.ppermute(part, axis, routes) if routes else jnp.zeros_like(part))

@@ -1,9 +1,9 @@
 """Embedding and output head of a pipeline: the vocabulary is cut over the stages, and all of them work on it at once.
 
-Were they on the first and the last stage, those would have more to do than the others, and everyone would wait. Cut in P
-parts each stage looks up, multiplies and differentiates 1/P of the vocabulary: the hidden states of a microbatch go from
-the last stage to all, and sums of one number a token and of the cotangent come back (Yeung et al. 2024,
-arXiv 2411.05288). Inside `shard_map`, with the table's first axis split.
+Were they on the first and the last stage, those would have more to do than the others, and everyone would wait. Cut in
+P parts, each stage looks up, multiplies and differentiates 1/P of the vocabulary: the hidden states of a microbatch go
+from the last stage to all, and sums of one number a token and of the cotangent come back (Yeung et al. 2024,
+arXiv 2411.05288). For use inside `shard_map`, with the table's first axis split.
 """
 
 from typing import NamedTuple
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import constrain
 from attnres_jax.layers import Embedding
 
 
@@ -30,16 +31,18 @@ def look_up(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> Float[Arr
     return jax.lax.psum(jnp.where(is_own[..., None], table(own), 0), axis)
 
 
-def add_look_up_transpose(
-    table_bar: Embedding, tokens: Int[Array, "B T"], embedding_bar: Float[Array, "B T D"], axis: str
+def look_up_transpose(
+    table: Embedding, tokens: Int[Array, "B T"], embedding_bar: Float[Array, "B T D"], axis: str
 ) -> Embedding:
-    """`table_bar` with the cotangent of `look_up` added, which is the same on every stage."""
-    own, is_own = _own(table_bar, tokens, axis)
-    size = table_bar.table.shape[0]
-    add = lambda table: table.at[jnp.where(is_own, own, size)].add(  # noqa: E731
-        embedding_bar.astype(table.dtype), mode="drop"
-    )
-    return jax.tree.map(add, table_bar)
+    """The table's gradient, from the cotangent of `look_up`, which is the same on every stage."""
+    own, is_own = _own(table, tokens, axis)
+    _, pullback = jax.vjp(lambda table: table(own), table)
+    return at_rest(pullback(jnp.where(is_own[..., None], embedding_bar, 0))[0])
+
+
+def at_rest(table: Embedding) -> Embedding:
+    """The table or its gradient, split as it is outside of the computation."""
+    return jax.tree.map(lambda x: constrain(x, "vocab", "width"), table)
 
 
 def head(
@@ -64,14 +67,14 @@ def head(
     own, is_own = _own(table, targets, axis)
     highest = jax.lax.pmax(jnp.max(logits, axis=-1), axis)
     log_z = highest + jnp.log(jax.lax.psum(jnp.sum(jnp.exp(logits - highest[..., None]), axis=-1), axis))
-    of_target = jnp.take_along_axis(logits, own[..., None], axis=-1)[..., 0]
-    nll = log_z - jax.lax.psum(jnp.where(is_own, of_target, 0), axis)
+    # A sum and no gather: XLA cannot gather along an axis that `tensor` splits here.
     hit = is_own[..., None] & (own[..., None] == jnp.arange(logits.shape[-1]))
+    nll = log_z - jax.lax.psum(jnp.sum(jnp.where(hit, logits, 0), axis=-1), axis)
     softmax = jnp.exp(logits - log_z[..., None])
     logits_bar = scale[..., None] * ((1 + 2 * z_loss * log_z)[..., None] * softmax - hit)
     table_bar, h_bar = pullback(logits_bar)
     h_bar = jax.lax.psum(h_bar.astype(jnp.float32), axis).astype(h.dtype)
-    return HeadResult(nll, log_z, h_bar, table_bar)
+    return HeadResult(nll, log_z, h_bar, at_rest(table_bar))
 
 
 def _own(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> tuple[Int[Array, "B T"], Array]:
