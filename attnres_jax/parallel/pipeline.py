@@ -28,11 +28,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnres_jax.axes import HIDDEN, constrain
-from attnres_jax.config import PipelineConfig, TrainingConfig
+from attnres_jax.config import Config, PipelineConfig, TrainingConfig
 from attnres_jax.depth import depth_scan
 from attnres_jax.layers import RouterReport
 from attnres_jax.layers.router import weigh
-from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_in_order
+from attnres_jax.models import Decoder, call_sublayer, parameter_name, plan_of, reports_in_order, rule_of
 from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule, places, rows_of
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
@@ -84,6 +84,18 @@ def pipeline_gradients(
         check_vma=False,
     )
     return run(model, split, token_bytes, total_weight)
+
+
+def pipeline_ticks(config: Config, *, backward: bool) -> tuple[np.ndarray, np.ndarray]:
+    """For each tick the chunk [ticks, P] that every stage runs, and which of the patterns of sends [ticks] follows."""
+    stages, pipeline = config.mesh.stage, config.pipeline
+    schedule = make_schedule(pipeline.schedule, stages, pipeline.virtual_stages, config.training.accumulation)
+    rule, plan, width = rule_of(config.model), plan_of(config.model), config.model.width
+    stream, _ = jax.eval_shape(lambda: rule.begin(rule.init_sites(len(plan), width), jnp.zeros((1, 1, width))))
+    chunks = cut_chunks(plan, rule, schedule.chunks)
+    plan = make_plan(schedule, chunks, pipeline.transport, stream is not None)
+    name = "backward" if backward else "forward"
+    return plan.ticks[f"{name}.chunk"], plan.ticks[f"{name}.send"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,7 +89,8 @@ def send(
       backward: against the hops.
     """
     branches = [_sender(option, len(slots), axis, backward) for option in options]
-    return jax.lax.switch(which, branches, slots, stream)
+    with jax.named_scope("send_back" if backward else "send_on"):  # to be found again in the compiled program
+        return jax.lax.switch(which, branches, slots, stream)
 
 
 def _sender(pattern: Pattern, width: int, axis: str, backward: bool) -> Any:
