@@ -178,7 +178,6 @@ class _Engine:
         opened = self.h if any(chunk.opened for chunk in self.chunks) else None
         self.begins, self.stream = begun is not None, begun if begun is not None else opened
         self.plan = make_plan(schedule, self.chunks, transport, self.begins)
-        self.appended = max(chunk.appended for chunk in self.chunks)
         self.width = int(np.max(self.plan.spans[:, 1] - self.plan.spans[:, 0]))
         by_structure = {chunk.structure: chunk for chunk in reversed(self.chunks)}
         self.structures = [by_structure[i] for i in range(len(by_structure))]
@@ -230,27 +229,27 @@ class _Engine:
         # A microbatch begins: its embedding, on every stage.
         look = lambda: look_up(embedding, of("inputs", row["embed.micro"]), AXIS)  # noqa: E731
         embedded = jax.lax.cond(row["embed.micro"] != IDLE, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-        bank = _put(bank, (row["embed.bank"], 0), embedded)
+        place, started = jnp.maximum(row["embed.bank"], 0), row["embed.bank"] != IDLE
+        embedded = jnp.where(started, embedded, bank[place, 0])
+        bank = jax.lax.dynamic_update_slice(bank, embedded[None, None], (place, *[0] * (bank.ndim - 1)))
 
         # Forward, of what has come from the stage before.
         chunk, micro, place = row["forward.chunk"], row["forward.micro"], row["forward.bank"]
-        bank = _put(bank, (place, self.span(chunk)), slots)
-        streams = jax.tree.map(lambda store, x: _put(store, (row["forward.stream"],), x), streams, stream)
+        streams = jax.tree.map(lambda store, x: _replace(store, row["forward.stream"], x), streams, stream)
 
         def forward(structure: Chunk) -> Any:
             context, at = self.context(batch, micro), self.of_chunk(chunk)
             run = self.chunk(structure, at, context, "none")
-            values, stream_out, h, reports = run(self.own(stacks, chunk), sites, final_norm, _at(bank, place), stream)
-            new = jax.lax.dynamic_slice_in_dim(values, at[1], structure.appended)
-            new = jnp.pad(new, [(0, self.appended - len(new)), *[(0, 0)] * (new.ndim - 1)])
-            return new, stream_out, h, self.weighted(structure, reports)
+            values = _put(_at(bank, place), self.span(chunk), slots)
+            values, onward, h, reports = run(self.own(stacks, chunk), sites, final_norm, values, stream)
+            leaving = _take(values, self.span(chunk + 1), self.width)
+            return values, leaving, onward, h, self.weighted(structure, reports)
 
         work = [partial(forward, structure) for structure in self.structures]
-        new, stream, h, router = self.work(row["forward.work"], work)
-        bank = _put(bank, (place, self.appended_at(chunk)), new)
+        values, slots, stream, h, router = self.work(row["forward.work"], work)
+        bank = _replace(bank, place, values)
         if router is not None:
             sums["router"] = self.add(sums["router"], router, chunk)
-        slots = _at(bank, place)[self.span(chunk + 1)]
 
         # A microbatch turns round: its loss, on every stage.
         def turn() -> Any:
@@ -267,11 +266,10 @@ class _Engine:
         terms, h_bar, bar = jax.lax.cond(row["head.micro"] != IDLE, turn, go_on)
         sums |= {key: sums[key] + term for key, term in zip(("nll", "log_z_squared", "bytes"), terms, strict=True)}
         table_bar = jax.tree.map(jnp.add, table_bar, bar)
-        h_bars = _put(h_bars, (row["head.h_bar"],), h_bar)
+        h_bars = _replace(h_bars, row["head.h_bar"], h_bar)
 
         # Backward, of what has come from the stage behind.
         chunk, micro, place = row["backward.chunk"], row["backward.micro"], row["backward.bars"]
-        bars = _add(bars, (place, self.span(chunk + 1)), slots_bar)
 
         def backward(structure: Chunk) -> Any:
             context, at = self.context(batch, micro), self.of_chunk(chunk)
@@ -279,15 +277,19 @@ class _Engine:
             kept = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
             values = _at(bank, row["backward.bank"])
             (_, _, _, reports), pullback = jax.vjp(run, self.own(stacks, chunk), sites, final_norm, values, kept)
+            is_new = chunk >= len(self.chunks) - self.schedule.stages  # of its microbatches the first here to come back
+            values_bar = jnp.where(is_new, 0, _at(bars, place))
+            arrived = self.span(chunk + 1)
+            values_bar = _put(values_bar, arrived, slots_bar + _take(values_bar, arrived, self.width))
             own_h_bar = jnp.where(chunk == last, _at(h_bars, row["backward.h_bar"]), 0)
             share = jnp.sum(of("weights", micro)) / total_weight
-            return pullback((_at(bars, place), stream_bar, own_h_bar, self.reports_bar(reports, share)))
+            *own, values_bar, onward = pullback((values_bar, stream_bar, own_h_bar, self.reports_bar(reports, share)))
+            leaving = _take(values_bar, self.span(chunk), self.width)
+            return *own, _put(values_bar, self.span(chunk), jnp.zeros_like(leaving)), leaving, onward
 
         work = [partial(backward, structure) for structure in self.structures]
-        own_bar, site_bar, norm_bar, values_bar, stream_bar = self.work(row["backward.work"], work)
-        bars = _put(bars, (place,), values_bar)
-        slots_bar = _at(bars, place)[self.span(chunk)]
-        bars = _put(bars, (place, self.span(chunk)), jnp.zeros_like(slots_bar))
+        own_bar, site_bar, norm_bar, values_bar, slots_bar, stream_bar = self.work(row["backward.work"], work)
+        bars = _replace(bars, place, values_bar)
         stacks_bar = {kind: self.add(stacks_bar[kind], own_bar[kind], chunk) for kind in stacks_bar}
         busy = partial(jax.tree.map, lambda total, bar: total + jnp.where(chunk != IDLE, bar, 0))
         sites_bar, final_norm_bar = busy((sites_bar, final_norm_bar), (site_bar, norm_bar))
@@ -300,7 +302,6 @@ class _Engine:
         zeros = lambda: at_rest(jax.tree.map(jnp.zeros_like, embedding))  # noqa: E731
         bar = jax.lax.cond(row["end.micro"] != IDLE, end, zeros)
         embedding_bar = jax.tree.map(jnp.add, embedding_bar, bar)
-        bars = _put(bars, (row["end.bars"],), jnp.zeros(bars.shape[1:], bars.dtype))
 
         ahead, back = self.plan.sends[False], self.plan.sends[True]
         inbox = send(ahead, row["forward.send"], slots, stream, axis=AXIS, backward=False)
@@ -377,19 +378,11 @@ class _Engine:
 
         return jax.tree.map(put, totals, bars)
 
-    def span(self, chunk: Int[Array, ""]) -> Int[Array, " W"]:
-        """The slots that the hop into a chunk carries, then slots that there are not."""
+    def span(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The slots that the hop into a chunk carries, from the first to before the last."""
         known = (chunk > 0) & (chunk < len(self.chunks))
         first, last = jnp.asarray(self.plan.spans)[jnp.where(known, chunk, 0)]
-        slots = first + jnp.arange(self.width)
-        return jnp.where(slots < last, slots, self.slots)
-
-    def appended_at(self, chunk: Int[Array, ""]) -> Int[Array, " k"]:
-        """The slots that a chunk completes, then slots that there are not."""
-        table = np.array([(c.num_valid, c.num_valid + c.appended) for c in self.chunks], np.int32)
-        first, last = jnp.asarray(table)[chunk]
-        slots = first + jnp.arange(self.appended)
-        return jnp.where(slots < last, slots, self.slots)
+        return first, last
 
     # Routers.
 
@@ -464,15 +457,23 @@ def _at(store: Array, place: Int[Array, ""]) -> Array:
     return jax.lax.dynamic_index_in_dim(store, place, keepdims=False)
 
 
-def _put(store: Array, where: tuple[Any, ...], value: Array) -> Array:
-    """`store` with the value there; nothing is written to a place that is `IDLE`, or beyond those that there are."""
-    first, *rest = where
-    return store.at[(jnp.where(first == IDLE, len(store), first), *rest)].set(value, mode="drop")
+def _replace(store: Array, place: Int[Array, ""], value: Array) -> Array:
+    """`store` with the value at that place, unless it is `IDLE`."""
+    place, used = jnp.maximum(place, 0), place != IDLE
+    return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, _at(store, place)), place, 0)
 
 
-def _add(store: Array, where: tuple[Any, ...], value: Array) -> Array:
-    first, *rest = where
-    return store.at[(jnp.where(first == IDLE, len(store), first), *rest)].add(value, mode="drop")
+def _put(values: Array, slots: tuple[Any, Any], new: Array) -> Array:
+    """`values` with those slots replaced, from the first to before the last. A loop, which XLA runs in place."""
+    if not len(new):
+        return values
+    put = lambda i, values: jax.lax.dynamic_update_index_in_dim(values, _at(new, i), slots[0] + i, 0)  # noqa: E731
+    return jax.lax.fori_loop(0, slots[1] - slots[0], put, values)
+
+
+def _take(values: Array, slots: tuple[Any, Any], width: int) -> Array:
+    """Those slots, and whatever is behind them, up to so many."""
+    return jnp.stack([_at(values, slots[0] + i) for i in range(width)]) if width else values[:0]
 
 
 def _spec(spec: PartitionSpec) -> PartitionSpec:
