@@ -119,22 +119,22 @@ def make_plan(schedule: Schedule, chunks: Sequence[Chunk], transport: str, has_s
     forward, backward = schedule.times(schedule.forward), schedule.times(schedule.backward)
     spans = windows(chunks, stages, transport)
     streams = [has_stream or chunk.opened for chunk in chunks]
-    begins, ends = forward[:, 0], backward[:, 0]
-    turned = forward[:, -1]
+    begins, turned = forward[:, 0].tolist(), forward[:, -1].tolist()
+    returned, ends = backward[:, -1].tolist(), backward[:, 0].tolist()
     bank = places(list(zip(begins, ends, strict=True)))
-    bars = places(list(zip(backward[:, -1], ends, strict=True)))
-    h_bars = places(list(zip(turned, backward[:, -1], strict=True)))
+    bars = places(list(zip(returned, ends, strict=True)))
+    h_bars = places(list(zip(turned, returned, strict=True)))
     kept = np.zeros((micros, count), np.int32)
     for stage in range(stages):
         units = [(m, c) for m in range(micros) for c in range(stage, count, stages)]
-        for unit, place in zip(units, places([(forward[u], backward[u]) for u in units]), strict=True):
+        for unit, place in zip(units, places([(int(forward[u]), int(backward[u])) for u in units]), strict=True):
             kept[unit] = place
 
     def by_stage(table: np.ndarray, value: Callable[[int, int], int]) -> np.ndarray:
         where = np.argwhere(table[..., 0] != IDLE)
         return rows_of((((t, r), value(*table[t, r])) for t, r in where), (schedule.ticks, stages))
 
-    def by_tick(times: np.ndarray, value: Callable[[int], int]) -> np.ndarray:
+    def by_tick(times: Sequence[int], value: Callable[[int], int]) -> np.ndarray:
         return rows_of((((tick,), value(m)) for m, tick in enumerate(times)), (schedule.ticks,))
 
     ticks, sends = {}, {}
@@ -333,8 +333,9 @@ class _Engine:
                 remat=remat,
                 at=(jnp.asarray(site, jnp.int32), num_valid),
             )
-            read = lambda: final_norm(self.rule.readout(own_sites, after, bank))  # noqa: E731
-            h = jax.lax.cond(is_last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
+            read = lambda: self.rule.readout(own_sites, after if self.begins else None, bank)  # noqa: E731
+            nothing = lambda: jnp.zeros(self.h.shape, self.h.dtype)  # noqa: E731
+            h = jax.lax.cond(is_last, lambda: final_norm(read()), nothing)
             values = values if bank is None else self.rule.sources(bank)
             after = jax.tree.map(jnp.zeros_like, stream) if after is None else after
             return values, after, h, reports

@@ -78,7 +78,7 @@ def make_schedule(name: str, stages: int, virtual: int, microbatches: int) -> Sc
     entered = (micro // stages) * chunks + micro % stages  # when its group, and it in the group, can start
     returning = microbatches * virtual + stages - 1 if name == "gpipe" else chunks - 1
     forward, backward = entered + chunk, entered + returning + chunks - 1 - chunk
-    ticks = 1 + backward.max()
+    ticks = 1 + int(backward.max())
     return Schedule(stages, virtual, microbatches, *(_table(times, ticks, stages) for times in (forward, backward)))
 
 

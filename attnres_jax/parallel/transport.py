@@ -28,13 +28,13 @@ Pattern = tuple[tuple[int, bool], ...]
 """For each stage how many sources it sends in a tick, and whether its stream."""
 
 
-def naive_transmissions(stages: int, virtual: int, per_chunk: float = 1) -> float:
+def naive_transmissions(stages: int, virtual: int, per_chunk: float = 1.0) -> float:
     """Block representations that a microbatch's hops carry, all sources so far in each (equation 7, over d)."""
     chunks = stages * virtual
     return chunks * (chunks - 1) / 2 * per_chunk
 
 
-def cached_transmissions(stages: int, virtual: int, per_chunk: float = 1) -> float:
+def cached_transmissions(stages: int, virtual: int, per_chunk: float = 1.0) -> float:
     """The same where each stage keeps what it has received (equation 8, over d)."""
     return (stages * (stages - 1) / 2 + (virtual - 1) * stages**2) * per_chunk
 

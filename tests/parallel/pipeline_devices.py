@@ -1,0 +1,242 @@
+"""Pipelines against one device, on simulated devices: run in a process of its own by `test_pipeline_stages.py`.
+
+By itself: JAX_NUM_CPU_DEVICES=8 python -m pytest tests/parallel/pipeline_devices.py [-m "slow or not slow"]
+"""
+
+import dataclasses
+import re
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnres_jax.config import (
+    Config,
+    DataConfig,
+    DepthConfig,
+    KDAConfig,
+    MeshConfig,
+    MLAConfig,
+    ModelConfig,
+    MoEConfig,
+    PipelineConfig,
+    TrainingConfig,
+)
+from attnres_jax.models import Decoder, named_leaves
+from attnres_jax.parallel import make_mesh, pipeline_gradients, put_batch, use_mesh, with_shardings
+from attnres_jax.training.step import accumulate
+
+T, V, D = 16, 64, 24
+TRAINING = TrainingConfig(z_loss=1e-3, router_z_loss=1e-3, router_balance_loss=1e-2)
+PLANS = {"dense": ("gqa", "swiglu"), "moe": ("gqa", "moe"), "kimi": ("kda,kda,mla", "swiglu,moe*")}
+# As in eight_devices.py, where it is said why.
+TOLERANCE = {"dense": 1e-5, "moe": 3e-5, "kimi": 2e-4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A pipeline, and the model that goes through it."""
+
+    kind: str
+    rule: str
+    layers: int
+    block_size: int
+    schedule: str
+    stages: int
+    micros: int
+    virtual: int = 1
+    transport: str = "cached"
+    mesh: tuple[tuple[str, int], ...] = ()
+
+    def __str__(self):
+        axes = "".join(f"-{axis}{size}" for axis, size in self.mesh)
+        return (
+            f"{self.kind}-{self.rule}-{self.layers}x{self.block_size}-{self.schedule}-{self.transport}-"
+            f"P{self.stages}V{self.virtual}M{self.micros}{axes}"
+        )
+
+    @property
+    def config(self) -> Config:
+        attention, mlp = PLANS[self.kind]
+        model = ModelConfig(
+            attention_layers=attention,
+            mlp_layers=mlp,
+            vocab_size=V,
+            width=D,
+            num_layers=self.layers,
+            num_heads=4,
+            head_dim=8,
+            mlp_width=32,
+            max_length=T,
+            remat="full",
+            depth=DepthConfig(rule=self.rule, block_size=self.block_size),
+            kda=KDAConfig(head_dim=8),
+            mla=MLAConfig(latent_dim=12, nope_dim=8, rope_dim=4, value_dim=8),
+            moe=MoEConfig(num_experts=4, expert_width=8, num_groups=2, top_groups=2),
+        )
+        return Config(
+            model=model,
+            data=DataConfig(batch_size=2 * self.micros, sequence_length=T),
+            training=dataclasses.replace(TRAINING, accumulation=self.micros),
+            mesh=MeshConfig(**{"data": 1, "stage": self.stages} | dict(self.mesh)),
+            pipeline=PipelineConfig(schedule=self.schedule, virtual_stages=self.virtual, transport=self.transport),
+        )
+
+
+def make_batch(rows):
+    """Two documents a row, padding in the first row; weights that differ from token to token."""
+    draw = np.random.default_rng(0)
+    tokens = draw.integers(0, V, (rows, T + 1)).astype(np.int32)
+    segments = np.where(np.arange(T) < 7, 1, 2).astype(np.int32) * np.ones((rows, 1), np.int32)
+    segments[0, 14:] = 0
+    positions = np.tile(np.concatenate([np.arange(7), np.arange(9)]), (rows, 1)).astype(np.int32)
+    weights = (draw.random((rows, T)) * (segments > 0)).astype(np.float32)
+    return {
+        "inputs": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "segment_ids": segments,
+        "positions": positions,
+        "weights": weights,
+    }
+
+
+def drawn(model):
+    """With queries that are not zero, so that every part of the depth rule has a gradient."""
+    made = Decoder(model, rngs=nnx.Rngs(0))
+    made.sites = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), made.sites)
+    return made
+
+
+BYTES = jnp.arange(1.0, V + 1)
+
+
+@cache
+def on_one_device(model, training):
+    """(gradients, sums) of the microbatches one after the other."""
+    batch = jax.tree.map(jnp.asarray, make_batch(2 * training.accumulation))
+    total = jnp.float32(batch["weights"].sum())
+    return jax.jit(lambda made: accumulate(made, batch, BYTES, total, training))(jax.jit(lambda: drawn(model))())
+
+
+def compiled(config, bubble=0.0):
+    """(the pipeline's program, its arguments)."""
+    batch = make_batch(config.data.batch_size)
+    total = jnp.float32(batch["weights"].sum())
+    mesh = make_mesh(config, jax.devices()[: np.prod([max(1, size) for size in dataclasses.astuple(config.mesh)])])
+    with use_mesh(mesh):
+        shapes = with_shardings(mesh, jax.eval_shape(lambda: drawn(config.model)))
+        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
+        arguments = jax.jit(lambda: drawn(config.model), out_shardings=places)(), put_batch(mesh, batch)
+        run = lambda model, batch: pipeline_gradients(  # noqa: E731
+            model, batch, BYTES, total, config.training, config.pipeline, bubble=bubble
+        )
+        return jax.jit(run, out_shardings=(places, None)).lower(*arguments).compile(), arguments
+
+
+def relative(got, want):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9)
+
+
+def check(case):
+    """Values and gradients, with NaN wherever a stage has nothing to do."""
+    config = case.config
+    want, want_sums = on_one_device(config.model, config.training)
+    program, arguments = compiled(config, bubble=jnp.nan)
+    got, sums = program(*arguments)
+    errors = {name: relative(leaf, named_leaves(want)[name]) for name, leaf in named_leaves(got).items()}
+    assert max(errors.values()) < TOLERANCE[case.kind], max(errors.items(), key=lambda item: item[1])
+    assert set(sums) == set(want_sums)
+    for part, other in zip(jax.tree.leaves(sums), jax.tree.leaves(want_sums), strict=True):
+        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-6)
+    if case.rule in ("block", "full"):  # the first site has a single source
+        assert not np.asarray(got.sites.query[0]).any()
+
+
+FAST = [
+    # The embedding's way alone; M is no multiple of P.
+    Case("dense", "residual", 4, 2, "1f1b", 2, 3),
+    # Within other axes of the mesh, interleaved.
+    Case("dense", "block", 4, 2, "interleaved_1f1b", 2, 4, 2, mesh=(("fsdp", 2), ("tensor", 2))),
+    # The last stage is shorter; everything travels.
+    Case("dense", "full", 7, 4, "gpipe", 4, 5, transport="naive"),
+    # A block spans two stages.
+    Case("dense", "block", 8, 8, "1f1b", 4, 6),
+    # Routers report, experts are spread.
+    Case("moe", "block", 4, 2, "1f1b", 2, 2, transport="naive", mesh=(("expert", 2),)),
+    # Stages whose layers are of different kinds.
+    Case("kimi", "block", 3, 2, "1f1b", 2, 2),
+]
+KIMI = [
+    Case("kimi", rule, layers, size, schedule, stages, micros, virtual, transport, mesh)
+    for rule, transport in (("residual", "cached"), ("block", "cached"), ("full", "naive"))
+    for layers, size, schedule, stages, micros, virtual, mesh in (
+        (3, 2, "1f1b", 2, 2, 1, (("fsdp", 2), ("tensor", 2))),
+        (3, 2, "gpipe", 2, 2, 1, (("expert", 2), ("context", 2))),
+        (7, 2, "interleaved_1f1b", 2, 2, 2, (("data", 2),)),
+    )
+]
+OTHERS = [
+    Case("dense", rule, 4, 2, "1f1b", 2, 3)
+    for rule in ("mhc", "lambdas", "rms_block", "delta", "delta_block", "denseformer", "muddformer")
+]
+SLOW = [
+    *KIMI,
+    *OTHERS,
+    *(
+        Case("dense", "block", 16, 4, schedule, 4, 8, virtual, transport)
+        for schedule, virtual in (("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2))
+        for transport in ("cached", "naive")
+    ),
+    Case("dense", "block", 8, 16, "interleaved_1f1b", 2, 4, 2),
+    Case("dense", "block", 15, 6, "interleaved_1f1b", 4, 8, 2),
+]
+
+
+@pytest.mark.parametrize("case", FAST, ids=str)
+def test_loss_and_gradients_are_those_of_one_device(case):
+    check(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLOW, ids=str)
+def test_loss_and_gradients_of_more_of_them(case):
+    check(case)
+
+
+def test_memory_does_not_grow_with_the_microbatches_and_idle_stages_multiply_nothing():
+    cases = [Case("dense", "block", 4, 2, "1f1b", 2, micros) for micros in (4, 32)]
+    programs = [compiled(case.config)[0] for case in cases]
+    less, more = (program.memory_analysis().temp_size_in_bytes for program in programs)
+    tokens = 5 * 28 * 2 * T * 4  # the batch itself: five numbers a token
+    assert less - tokens < more < less + 2 * tokens
+    # Of the two branches of a stage's work, the idle one has no product.
+    text = programs[0].as_text()
+    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
+    work = []
+    for line in text.splitlines():
+        if " conditional(" in line and "branch_computations" in line:
+            names = [
+                name.strip().lstrip("%") for name in re.search(r"branch_computations=\{([^}]*)\}", line)[1].split(",")
+            ]
+            products = [reaches_product(bodies, name) for name in names]
+            if any(products) and len(names) == 2:
+                work.append(products)
+    assert work.count([False, True]) >= 2, work  # forward and backward
+
+
+def reaches_product(bodies, name):
+    """Whether a computation, or one that it calls, multiplies matrices."""
+    text = bodies.get(name, "")
+    if re.search(r" dot\(|__onednn\$matmul|custom_call_target=\"[^\"]*matmul", text):
+        return True
+    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", text)
+    called += [
+        n.strip().lstrip("%")
+        for found in re.findall(r"branch_computations=\{([^}]*)\}", text)
+        for n in found.split(",")
+    ]
+    return any(reaches_product(bodies, other) for other in called)
