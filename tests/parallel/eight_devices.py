@@ -219,7 +219,10 @@ def with_mesh(config, **sizes):
 def test_a_checkpoint_goes_from_any_mesh_to_any_other(config, tmp_path):
     meshes = [
         one_device_mesh(),
-        *(make_mesh(with_mesh(config, **sizes)) for sizes in ({}, {"fsdp": 8}, {"fsdp": 2, "tensor": 2, "context": 2})),
+        *(
+            make_mesh(with_mesh(config, **sizes))
+            for sizes in ({}, {"fsdp": 8}, {"stage": 2, "tensor": 2, "context": 2})
+        ),
     ]
     optimizer = make_optimizer(config.optimizer, learning_rate_schedule(config.optimizer, 8))
     batches = train_iterator(load_text(config.data, config.model.vocab_size), config.data, seed=0)
@@ -274,10 +277,11 @@ def test_micro_batches_of_a_split_batch(config, tmp_path):
     accumulation = dataclasses.replace(config.training, accumulation=2, steps=3)
     config = dataclasses.replace(config, training=accumulation)
     losses = []
-    for i, sizes in enumerate(({"fsdp": 4, "data": 1, "tensor": 2}, {"context": 4})):
+    for i, sizes in enumerate(({"fsdp": 4, "data": 1, "tensor": 2}, {"context": 4}, {"stage": 2, "fsdp": 2})):
         train(with_mesh(config, **sizes), tmp_path / str(i))
         losses.append([row["loss"] for row in read_rows(tmp_path / str(i) / "metrics.jsonl")])
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+    np.testing.assert_allclose(losses[2], losses[0], rtol=1e-5)
 
 
 def test_pretrained_parameters_lie_as_in_training():

@@ -15,7 +15,16 @@ from jax.sharding import PartitionSpec as P
 from small_runs import ROOT
 
 from attnres_jax.axes import constrain, partition
-from attnres_jax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainingConfig, load_config
+from attnres_jax.config import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    PipelineConfig,
+    TrainingConfig,
+    load_config,
+)
 from attnres_jax.errors import ConfigError
 from attnres_jax.models import Decoder, named_leaves
 from attnres_jax.parallel import AXES, TABLE, abstract_mesh, data_share, make_mesh, mesh_sizes, with_shardings
@@ -65,7 +74,21 @@ def test_the_default_is_data_parallelism_over_whatever_there_is():
         (config_of(batch=6), 4, "data.batch_size=8 would"),
         (config_of(accumulation=4, data=2, fsdp=2), 4, "4 micro-batches; data.batch_size=16 would"),
         (config_of(batch=8), 7, "no mesh of 7 devices works; nearest: 4 devices"),
-        (config_of(stage=2), 2, "mesh.stage=2: there is no pipeline schedule yet"),
+        (
+            config_of(ModelConfig(num_layers=3), stage=4),
+            4,
+            "mesh.stage=4: 3 layers in 4 runs of 1 leave the last without",
+        ),
+        (
+            config_of(ModelConfig(vocab_size=4099), stage=2),
+            2,
+            "mesh.stage=2 does not divide model.vocab_size=4099; nearest",
+        ),
+        (
+            dataclasses.replace(config_of(stage=2), pipeline=PipelineConfig(schedule="interleaved_1f1b")),
+            2,
+            "mesh.stage=2: virtual_stages=1 leaves interleaved_1f1b nothing to interleave; nearest: 2",
+        ),
     ],
 )
 def test_an_impossible_mesh_is_one_line_with_the_way_out(config, devices, message):
