@@ -37,7 +37,7 @@ def validate(config: Config) -> None:
     _one_of("data.source", data.source, ("stdlib", "text"))
     _positive("data", data, "sequence_length", "batch_size")
     _positive("training", training, "steps", "accumulation", "log_every", "eval_every", "eval_sequences")
-    _positive("training", training, "checkpoint_every", "keep_checkpoints")
+    _positive("training", training, "checkpoint_every", "keep_checkpoints", "process_timeout")
     _positive("optimizer", optimizer, "learning_rate", "eps", "clip_norm")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, key) < 1:

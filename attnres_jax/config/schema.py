@@ -209,6 +209,9 @@ class TrainingConfig:
     """Size of the fixed held-out set, in sequences."""
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    process_timeout: int = 100
+    """Of several processes: seconds they wait for each other when they start and end, and after which one that gives no
+    sign of life counts as dead, which ends the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Many devices: the mesh, and where parameters, activations and batches lie on it."""
+"""Many devices and processes: the mesh, what lies where on it, and processes that are one run."""
 
 from attnres_jax.parallel.mesh import (
     AXES,
@@ -12,10 +12,8 @@ from attnres_jax.parallel.mesh import (
 from attnres_jax.parallel.sharding import (
     TABLE,
     batch_sharding,
-    data_share,
     parameter_sharding,
     put_batch,
-    put_whole,
     replicated,
     use_mesh,
     with_shardings,
@@ -26,7 +24,6 @@ __all__ = [
     "TABLE",
     "abstract_mesh",
     "batch_sharding",
-    "data_share",
     "describe",
     "make_mesh",
     "mesh_sizes",
@@ -34,7 +31,6 @@ __all__ = [
     "one_device_mesh",
     "parameter_sharding",
     "put_batch",
-    "put_whole",
     "replicated",
     "use_mesh",
     "with_shardings",
