@@ -141,6 +141,11 @@ class ModelConfig:
     """Attention kernel of gqa: auto, xla or cudnn."""
     experts: str = "auto"
     """How the experts are multiplied: auto, ragged, sorted or dense; see `layers/experts.py`."""
+    expert_exchange: str = "auto"
+    """How tokens get to experts on other devices: auto, routed or dense; see `layers/expert_exchange.py`."""
+    expert_capacity: float = 0.0
+    """Room that a device has in a routed exchange, in even shares of the assignments; what is beyond is dropped. 0: for
+    all there could be."""
     mla: MLAConfig = MLAConfig()
     kda: KDAConfig = KDAConfig()
     moe: MoEConfig = MoEConfig()
