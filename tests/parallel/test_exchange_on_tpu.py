@@ -34,7 +34,9 @@ with use_mesh(make_mesh(Config(model=model, mesh=MeshConfig(expert=4)), devices)
     arguments = [jax.ShapeDtypeStruct(*shape, sharding=place) for shape in shapes]
     for argnums in ((), (0, 1, 2, 3, 4)):
         f = jax.grad(loss, argnums, has_aux=True) if argnums else loss
-        print(jax.jit(f).lower(*arguments).compile().as_text().count("ragged-all-to-all-start("))
+        lowered = jax.jit(f).lower(*arguments)
+        lowered.compile()
+        print(lowered.as_text().count("@ragged_all_to_all("))
 """
 
 
