@@ -2,23 +2,28 @@
 
 python eval.py --workdir=runs/a [--step=200]
 python eval.py --workdir=runs/a --pretrained=DIRECTORY   (an exported model in the place of the checkpoint)
+
+Several processes: as in train.py.
 """
 
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from attnres_jax.cli import launch
-from attnres_jax.config import read_config
+from attnres_jax.config import Config, read_config
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation import evaluate
 from attnres_jax.interop import load_pretrained
-from attnres_jax.parallel import mesh_that_fits, put_whole, use_mesh
+from attnres_jax.parallel import mesh_that_fits, put_batch, use_mesh
+from attnres_jax.parallel.processes import define_flags, joined, one_first
 from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
 PRETRAINED = flags.DEFINE_string("pretrained", None, "A checkpoint directory to evaluate on the run's text instead.")
+GROUP = define_flags()
 flags.mark_flag_as_required("workdir")
 
 
@@ -29,6 +34,14 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     workdir = Path(WORKDIR.value)
     config = read_config(workdir / "config.json")
     enable_compilation_cache(config.data)
+    with joined(GROUP(), config.training.process_timeout):
+        line = evaluate_run(workdir, config)
+        if jax.process_index() == 0:
+            print(line)
+
+
+def evaluate_run(workdir: Path, config: Config) -> str:
+    """What to print."""
     mesh = mesh_that_fits(config)
     if PRETRAINED.value is None:
         config, model, step = restore_model(workdir, STEP.value, mesh)
@@ -39,15 +52,15 @@ def main(arguments: list[str], overrides: list[str]) -> None:
             raise flags.Error(
                 f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
             )
-    text = load_text(config.data, config.model.vocab_size)
+    text = one_first(lambda: load_text(config.data, config.model.vocab_size))
     if PRETRAINED.value is None:
         with open_checkpoints(workdir) as checkpoints:
             checkpoints.check_text(step, text.fingerprint)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
     with use_mesh(mesh):
-        placed = [put_whole(mesh, batch) for batch in batches]
+        placed = [put_batch(mesh, batch) for batch in batches]
         result = evaluate(model, placed, text.token_bytes, splits=config.training.accumulation)
-    print(
+    return (
         f"{name}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
     )

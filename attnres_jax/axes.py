@@ -65,6 +65,12 @@ def mesh_axes_of(**lengths: int) -> dict[str, tuple[str, ...]]:
     return sizes and {name: _parts([n], [name], sizes, _TABLE.value)[0] or () for name, n in lengths.items()}
 
 
+def mesh_platform() -> str | None:
+    """What the devices of the mesh are: `cpu`, `gpu` or `tpu`; None: no mesh, or one of no devices in particular."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device and device.platform
+
+
 def per_shard(f: Callable, ins: Sequence[PartitionSpec], outs: Any) -> Callable:
     """`f` on each device's own part of its arguments, split as `ins` say; what it returns is put together by `outs`."""
     names = set(_mesh_axes())

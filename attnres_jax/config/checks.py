@@ -20,6 +20,7 @@ from attnres_jax.config.schema import (
 )
 from attnres_jax.depth import REMAT_POLICIES, RULES, make_rule
 from attnres_jax.errors import ConfigError
+from attnres_jax.layers.expert_exchange import EXCHANGES
 from attnres_jax.layers.experts import IMPLEMENTATIONS
 from attnres_jax.layers.mlp import GATES
 from attnres_jax.layers.router import SCORES
@@ -37,7 +38,7 @@ def validate(config: Config) -> None:
     _one_of("data.source", data.source, ("stdlib", "text"))
     _positive("data", data, "sequence_length", "batch_size")
     _positive("training", training, "steps", "accumulation", "log_every", "eval_every", "eval_sequences")
-    _positive("training", training, "checkpoint_every", "keep_checkpoints")
+    _positive("training", training, "checkpoint_every", "keep_checkpoints", "process_timeout")
     _positive("optimizer", optimizer, "learning_rate", "eps", "clip_norm")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, key) < 1:
@@ -85,6 +86,10 @@ def validate_model(model: ModelConfig) -> None:
     _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
     _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))
     _one_of("model.experts", model.experts, IMPLEMENTATIONS)
+    _one_of("model.expert_exchange", model.expert_exchange, EXCHANGES)
+    _not_negative("model", model, "expert_capacity")
+    if model.expert_exchange == "routed" and model.experts == "dense":
+        raise ConfigError("model.expert_exchange='routed' needs rows sorted by expert; nearest: model.experts='auto'")
     _one_of("model.activation", model.activation, tuple(GATES))
     for key, known in (("attention_layers", ATTENTION_KINDS), ("mlp_layers", MLP_KINDS)):
         try:

@@ -141,6 +141,11 @@ class ModelConfig:
     """Attention kernel of gqa: auto, xla or cudnn."""
     experts: str = "auto"
     """How the experts are multiplied: auto, ragged, sorted or dense; see `layers/experts.py`."""
+    expert_exchange: str = "auto"
+    """How tokens get to experts on other devices: auto, routed or dense; see `layers/expert_exchange.py`."""
+    expert_capacity: float = 0.0
+    """Room that a device has in a routed exchange, in even shares of the assignments; what is beyond is dropped. 0: for
+    all there could be."""
     mla: MLAConfig = MLAConfig()
     kda: KDAConfig = KDAConfig()
     moe: MoEConfig = MoEConfig()
@@ -209,6 +214,9 @@ class TrainingConfig:
     """Size of the fixed held-out set, in sequences."""
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
+    process_timeout: int = 100
+    """Of several processes: seconds they wait for each other when they start and end, and after which one that gives no
+    sign of life counts as dead, which ends the others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

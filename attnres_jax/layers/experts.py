@@ -67,13 +67,39 @@ def experts(
         return _dense(x, indices, weights, gate, up, down, activation)
     order, inverse, counts = sort_by_expert(indices.reshape(-1), len(gate))
     rows = dispatch(x, order, inverse, indices.shape[1])
+    rows = sorted_experts(rows, counts, gate, up, down, activation, implementation, full=first is None)
+    return combine(rows, weights, order, inverse)
+
+
+def sorted_experts(
+    rows: Float[Array, "R D"],
+    counts: Int[Array, " E"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    activation: str = "silu",
+    implementation: str = "auto",
+    full: bool = False,
+) -> Float[Array, "R D"]:
+    """Each row through its expert: the first counts[0] rows through expert 0, and so on.
+
+    Args:
+      rows: sorted by expert.
+      counts: the rows of each expert; what is behind them is of no expert, and zero in the result.
+      gate: see `experts`.
+      up: see `experts`.
+      down: see `experts`.
+      activation: see `experts`.
+      implementation: `auto`, `ragged` or `sorted`.
+      full: there is nothing behind.
+    """
     # What a grouped product leaves in rows of no expert is not defined, neither forward nor backward.
     own = (jnp.arange(len(rows)) < jnp.sum(counts))[:, None]
-    kept = (lambda rows: rows) if first is None else lambda rows: jnp.where(own, rows, 0)
+    kept = (lambda rows: rows) if full else lambda rows: jnp.where(own, rows, 0)
     rows = kept(rows)
     product = functools.partial(grouped_matmul, counts=counts, implementation=implementation)
     hidden = GATES[activation](product(rows, gate), product(rows, up))
-    return combine(kept(product(hidden, down)), weights, order, inverse)
+    return kept(product(hidden, down))
 
 
 def _dense(x, indices, weights, gate, up, down, activation):

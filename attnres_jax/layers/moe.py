@@ -15,7 +15,9 @@ from attnres_jax.layers.router import RouterReport, report, route, router_logits
 
 
 class MoE(nnx.Module):
-    """sum_k w_k expert_k(x) + shared(x) of the normalised input x, the router in float32, no token dropped.
+    """sum_k w_k expert_k(x) + shared(x) of the normalised input x, the router in float32.
+
+    No token is dropped, unless experts that are spread over devices are given too little room by `capacity`.
 
     LatentMoE, with a `latent_width`: up(norm(sum_k w_k expert_k(down(x)))) + shared(x). Router and shared experts see x
     itself.
@@ -40,6 +42,8 @@ class MoE(nnx.Module):
       eps: of the norms.
       dtype: of the norms' results, in which everything but the router and the weighted sum is computed.
       implementation: see `experts`.
+      exchange: `way` of `experts_across_devices`.
+      capacity: see `experts_across_devices`.
       rngs: for the kernels.
     """
 
@@ -65,6 +69,8 @@ class MoE(nnx.Module):
         eps: float,
         dtype: str,
         implementation: str = "auto",
+        exchange: str = "auto",
+        capacity: float = 0.0,
         rngs: nnx.Rngs,
     ):
         inner = latent_width or width
@@ -88,6 +94,8 @@ class MoE(nnx.Module):
         self.biased_weights = biased_weights
         self.activation = activation
         self.implementation = implementation
+        self.exchange = exchange
+        self.capacity = capacity
 
     def __call__(self, h: Float[Array, "B T D"], context: Context | None) -> tuple[Float[Array, "B T D"], RouterReport]:
         """Maps each position on its own; the report leaves out padding, the tokens whose segment id is 0."""
@@ -104,21 +112,25 @@ class MoE(nnx.Module):
             biased_weights=self.biased_weights,
         )
         z = x if self.latent_down is None else self.latent_down(x)
-        y = experts_across_devices(
+        segment_ids = None if context is None else context.segment_ids
+        valid = None if segment_ids is None else segment_ids > 0
+        y, computed = experts_across_devices(
             z,
             routing.indices,
             routing.weights,
             *(linear.kernel[...] for linear in (self.gate, self.up, self.down)),
+            valid=valid,
             activation=self.activation,
             implementation=self.implementation,
+            way=self.exchange,
+            capacity=self.capacity,
         )
         y = constrain(y.astype(z.dtype), *HIDDEN)
         if self.latent_up is not None:
             y = self.latent_up(y if self.latent_norm is None else self.latent_norm(y))
         if self.shared is not None:
             y = y + self.shared(x)
-        segment_ids = None if context is None else context.segment_ids
-        return constrain(y, *HIDDEN), report(routing, None if segment_ids is None else segment_ids > 0)
+        return constrain(y, *HIDDEN), report(routing, valid, computed)
 
 
 def _linears(count, inputs, outputs, rngs):

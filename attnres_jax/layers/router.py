@@ -36,6 +36,8 @@ class RouterReport(NamedTuple):
     """How far the busiest expert is above an even share, as a part of it: 0 is even, E - 1 is everything on one."""
     idle: Float[Array, ""]
     """The share of experts with no token at all."""
+    dropped: Float[Array, ""]
+    """The share of assignments that no expert computed."""
     tokens: Float[Array, ""]
     """How many tokens the above are of: what to weigh with in a mean over batches."""
 
@@ -139,17 +141,27 @@ def router_z_loss(logits: Float[Array, "B T E"], valid: Bool[Array, "B T"] | Non
     return jnp.sum(squares) / jnp.maximum(jnp.sum(_tokens(valid, logits.shape[:2])), 1)
 
 
-def report(routing: Routing, valid: Bool[Array, "B T"] | None = None) -> RouterReport:
-    """Losses and load statistics of a batch whose arrays have axes B and T; `valid` leaves padding out."""
+def report(
+    routing: Routing, valid: Bool[Array, "B T"] | None = None, computed: Int[Array, ""] | None = None
+) -> RouterReport:
+    """Losses and load statistics of a batch whose arrays have axes B and T.
+
+    Args:
+      routing: of the batch.
+      valid: leaves padding out.
+      computed: how many assignments of valid tokens an expert computed; None: all.
+    """
     num_experts = routing.scores.shape[-1]
     counts = jnp.sum(assignments(routing.indices, num_experts, valid), axis=0)
-    load = counts / jnp.maximum(jnp.sum(counts), 1)
+    chosen = jnp.sum(counts)
+    load = counts / jnp.maximum(chosen, 1)
     return RouterReport(
         load=load,
         balance_loss=sequence_balance_loss(routing.scores, routing.indices, valid),
         z_loss=router_z_loss(routing.logits, valid),
         max_violation=max_violation(load),
         idle=jnp.mean(counts == 0, dtype=jnp.float32),
+        dropped=jnp.zeros(()) if computed is None else (chosen - computed) / jnp.maximum(chosen, 1),
         tokens=jnp.sum(_tokens(valid, routing.indices.shape[:2])),
     )
 

@@ -276,6 +276,8 @@ def _moe(config: ModelConfig, rngs: nnx.Rngs) -> MoE:
         eps=config.norm_eps,
         dtype=config.dtype,
         implementation=config.experts,
+        exchange=config.expert_exchange,
+        capacity=config.expert_capacity,
         rngs=rngs,
     )
 

@@ -1,4 +1,4 @@
-"""Many devices: the mesh, and where parameters, activations and batches lie on it."""
+"""Many devices and processes: the mesh, what lies where on it, and processes that are one run."""
 
 from attnres_jax.parallel.mesh import (
     AXES,
@@ -13,10 +13,8 @@ from attnres_jax.parallel.pipeline import pipeline_gradients, pipeline_ticks
 from attnres_jax.parallel.sharding import (
     TABLE,
     batch_sharding,
-    data_share,
     parameter_sharding,
     put_batch,
-    put_whole,
     replicated,
     use_mesh,
     with_shardings,
@@ -29,7 +27,6 @@ __all__ = [
     "abstract_mesh",
     "batch_sharding",
     "cached_transmissions",
-    "data_share",
     "describe",
     "make_mesh",
     "mesh_sizes",
@@ -40,7 +37,6 @@ __all__ = [
     "pipeline_gradients",
     "pipeline_ticks",
     "put_batch",
-    "put_whole",
     "replicated",
     "use_mesh",
     "with_shardings",

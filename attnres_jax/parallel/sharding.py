@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from attnres_jax.axes import Table, partition, table_in_force
@@ -116,63 +115,9 @@ def batch_sharding(mesh: AnyMesh, shape: Sequence[int]) -> NamedSharding:
     return NamedSharding(mesh, partition(shape, ("batch", "length"), dict(mesh.shape), TABLE))
 
 
-def data_share(mesh: Mesh, process: int | None = None) -> tuple[int, int]:
-    """(which share of the rows, of how many) a process reads. Processes that hold the same rows have the same share.
-
-    Raises:
-      ValueError: if two processes have some rows in common and not all.
-    """
-    process = jax.process_index() if process is None else process
-    held = _rows_held(mesh)
-    shares = sorted(set(held.values()))
-    if sum(map(len, shares)) != len({row for share in shares for row in share}):
-        raise ValueError("processes share some rows of the batch: make data * fsdp * expert a multiple of them")
-    return shares.index(held[process]), len(shares)
-
-
 def put_batch(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
-    """This process's rows of a batch, as global arrays [B, T] that lie on the mesh.
-
-    Args:
-      mesh: of axes as `parallel.make_mesh` makes them.
-      batch: arrays [rows, T] with the process's share of the rows, in the order of `data_share`.
-    """
-    share, shares = data_share(mesh)
-    own = sorted(set(_rows_held(mesh).values()))[share]
-    parts = sum(map(len, set(_rows_held(mesh).values())))
-
-    def put(rows: np.ndarray) -> jax.Array:
-        shape = (len(rows) * shares, *rows.shape[1:])
-        size = shape[0] // parts
-        # Where each part of the global batch stands among this process's rows.
-        starts = {part * size: place * size for place, part in enumerate(own)}
-
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            first, last, _ = index[0].indices(shape[0])
-            if last - first > size:  # not split: the process holds everything
-                return rows[index]
-            return rows[(slice(starts[first], starts[first] + size), *index[1:])]
-
-        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), read)
-
-    return {key: put(np.asarray(rows)) for key, rows in batch.items()}
-
-
-def put_whole(mesh: Mesh, batch: dict[str, Any]) -> dict[str, jax.Array]:
     """A batch that every process has whole, as global arrays [B, T] that lie on the mesh."""
     return {
         key: jax.make_array_from_callback(rows.shape, batch_sharding(mesh, rows.shape), lambda at, rows=rows: rows[at])
         for key, rows in batch.items()
     }
-
-
-def _rows_held(mesh: Mesh) -> dict[int, tuple[int, ...]]:
-    """For each process the parts of the batch that its devices hold, of as many as data, fsdp and expert make."""
-    axes = [axis for axis in dict(TABLE)["batch"] if axis in mesh.axis_names]
-    order = [mesh.axis_names.index(axis) for axis in axes]
-    sizes = [mesh.shape[axis] for axis in axes]
-    held: dict[int, set[int]] = {}
-    for place, device in np.ndenumerate(mesh.devices):
-        part = int(np.ravel_multi_index([place[i] for i in order], sizes)) if axes else 0
-        held.setdefault(device.process_index, set()).add(part)
-    return {process: tuple(sorted(parts)) for process, parts in held.items()}

@@ -9,7 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import grain.checkpoint
 import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
@@ -34,13 +33,20 @@ class Checkpoints(contextlib.AbstractContextManager):
     """The checkpoints of a run, in `directory`; leaving the context waits until the last save is complete."""
 
     def __init__(self, directory: Path, *, keep: int | None = None):
-        """Opens the directory for training, keeping the newest `keep`; without `keep`, for reading only."""
+        """Opens the directory for training, keeping the newest `keep`; without `keep`, for reading only.
+
+        Processes open, save and restore for training together; each reads by itself.
+        """
+        process = jax.process_index()
         if keep is None:
             # Not read_only=True, which warns at every opening: without a save nothing is written.
-            options = ocp.CheckpointManagerOptions(create=False, save_root_metadata=False)
+            alone = ocp.options.MultiprocessingOptions(primary_host=process, active_processes={process})
+            options = ocp.CheckpointManagerOptions(
+                create=False, save_root_metadata=False, multiprocessing_options=alone
+            )
         else:
             # cleanup_tmp_directories=True would do it in the background, where a process that ends early trips over it.
-            for left in directory.glob("*.orbax-checkpoint-tmp*"):
+            for left in directory.glob("*.orbax-checkpoint-tmp*") if process == 0 else ():
                 shutil.rmtree(left, ignore_errors=True)
             options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._workdir = directory.parent
@@ -68,7 +74,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             args=ocp.args.Composite(
                 model=ocp.args.StandardSave(_arrays(state.model)),
                 training=ocp.args.StandardSave(_arrays(_without_model(state))),
-                data=grain.checkpoint.CheckpointSave(batches),
+                data=ocp.args.JsonSave(batches.get_state()),
                 record=ocp.args.JsonSave(record),
             ),
         )
@@ -98,9 +104,10 @@ class Checkpoints(contextlib.AbstractContextManager):
             args=ocp.args.Composite(
                 model=ocp.args.StandardRestore(_arrays(shapes.model)),
                 training=ocp.args.StandardRestore(_arrays(rest)),
-                data=grain.checkpoint.CheckpointRestore(batches),
+                data=ocp.args.JsonRestore(),
             ),
         )
+        batches.set_state(restored.data)
         return TrainState(model=_rebuild(shapes.model, restored.model), **_rebuild(rest, restored.training))
 
     def restore_model(self, step: int, shapes: Any) -> Any:

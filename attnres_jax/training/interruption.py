@@ -6,12 +6,18 @@ import signal
 import threading
 from typing import Any
 
+from attnres_jax.parallel.processes import gather
+
 
 class Interruption(contextlib.AbstractContextManager):
     """While entered, the first SIGTERM or SIGINT only sets `requested`; a second one acts as it always did."""
 
     requested: str | None = None
     """The signal's name."""
+
+    def requested_anywhere(self) -> bool:
+        """Whether any process of the run has had one; waits for all of them."""
+        return any(gather(self.requested or ""))
 
     def __enter__(self) -> "Interruption":
         self._before: dict[int, Any] = {}

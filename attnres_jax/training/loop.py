@@ -1,5 +1,7 @@
 """A training run from its configuration to its summary: data, model, state, step, loop."""
 
+import hashlib
+import json
 import math
 from functools import partial
 from pathlib import Path
@@ -7,10 +9,11 @@ from typing import Any
 
 import jax
 
-from attnres_jax.config import Config
+from attnres_jax.config import Config, flatten
 from attnres_jax.data import heldout_batches, load_text, train_iterator
 from attnres_jax.evaluation.perplexity import evaluate
-from attnres_jax.parallel import data_share, describe, make_mesh, put_batch, put_whole, replicated, use_mesh
+from attnres_jax.parallel import describe, make_mesh, put_batch, replicated, use_mesh
+from attnres_jax.parallel.processes import AnyProcess, one_first, require_same
 from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 from attnres_jax.training.compilation import compile_step, program_bytes
 from attnres_jax.training.diagnostics import DepthDiagnostics
@@ -30,19 +33,22 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
     """Trains in `workdir`, going on from its newest checkpoint if it has one, and returns the run's summary.
 
     What was interrupted continues bitwise as if it had not been. SIGTERM and Ctrl-C end the run early with a
-    checkpoint and `status` "interrupted". A finished run is left alone.
+    checkpoint and `status` "interrupted", in whichever process they arrive. A finished run is left alone.
 
     Raises:
       WorkdirError: if the directory cannot hold this run.
       ChangedTextError: if the text is not that of the checkpoint.
       ConfigError: if the devices do not make up the mesh that `config.mesh` asks for.
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite.
+      ProcessError: if the processes of a run have different configurations or texts.
     """
     workdir, training, steps = Path(workdir), config.training, config.training.steps
+    same = json.dumps({key: value for key, value in flatten(config).items() if key != "data.cache_dir"})
+    require_same("their configuration; give all the same flags", hashlib.sha256(same.encode()).hexdigest()[:8])
     mesh = make_mesh(config)
     with (
         use_mesh(mesh),
-        claim(workdir, config),
+        one_first(lambda: claim(workdir, config)),
         Checkpoints(workdir / "checkpoints", keep=training.keep_checkpoints) as checkpoints,
         Interruption() as stop,
     ):
@@ -53,10 +59,10 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             return summary
 
         # Data: the same batches in the same order for every run of this seed.
-        text = load_text(config.data, config.model.vocab_size)
-        share, shares = data_share(mesh)
-        batches = train_iterator(text, config.data, seed=config.seed, process_index=share, process_count=shares)
-        heldout = [put_whole(mesh, batch) for batch in heldout_batches(text, config.data, training.eval_sequences)]
+        text = one_first(lambda: load_text(config.data, config.model.vocab_size))
+        require_same("the text; data.files is to match the same on every machine", text.fingerprint)
+        batches = train_iterator(text, config.data, seed=config.seed)
+        heldout = [put_batch(mesh, batch) for batch in heldout_batches(text, config.data, training.eval_sequences)]
         token_bytes = jax.device_put(text.token_bytes, replicated(mesh))
 
         # Model and optimizer, as shapes: a restored state is never initialised first.
@@ -79,7 +85,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             state = jax.jit(partial(new_state, config, optimizer), out_shardings=born)()
 
         # Step.
-        if start < steps and not stop.requested:
+        if start < steps and not stop.requested_anywhere():
             _say("compiling the step")
             train_step = make_train_step(training, optimizer, schedule, shapes, config.pipeline)
             shapes_of_batch = batch_shapes(config.data, mesh)
@@ -103,7 +109,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                 is_due=lambda step: step in (1, steps) or step % training.log_every == 0 or diagnostics.is_due(step),
                 emit=emit,
             )
-            step, stopping = start, stop.requested is not None
+            step, stopping, asked = start, stop.requested_anywhere(), AnyProcess(mesh)
             try:
                 while step < steps and not stopping:
                     step, batch = step + 1, put_batch(mesh, next(batches))
@@ -113,7 +119,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                     state, metrics = train_step(state, batch, token_bytes)
                     meter.push(step, metrics | measured)
                     progress.advance()
-                    stopping = stop.requested is not None
+                    stopping = asked(stop.requested is not None)
                     evaluating = step % training.eval_every == 0 or step == steps
                     saving = step % training.checkpoint_every == 0 or step == steps or stopping
                     if evaluating or saving:

@@ -37,8 +37,9 @@ def make_train_step(
     `batch` holds arrays [B, T]. Metrics are float32 scalars of this step: `loss` (nats per token, without the z-loss),
     `bits_per_byte`, `learning_rate`, `grad_norm` (global, before clipping), norms per group, and `finite`: whether the
     loss, every gradient and every updated parameter is. With experts also `router/...`, means over the layers: the two
-    losses unscaled, how far the busiest expert is above an even load, and the share of idle ones. After the optimizer's
-    update the score corrections follow the load, until `router_bias_until` of the steps are done.
+    losses unscaled, how far the busiest expert, and the busiest of the devices that share them out, is above an even
+    load, the share of idle experts, and that of assignments that no expert computed. After the optimizer's update the
+    score corrections follow the load, until `router_bias_until` of the steps are done.
 
     `shapes` with shardings on a mesh: the new state lies where they say, and metrics are whole on every device. Where
     that mesh has several stages, the micro-batches go through them as `pipeline` says.
@@ -68,7 +69,8 @@ def make_train_step(
             metrics["z_loss"] = config.z_loss * sums["log_z_squared"] / total_weight
         if "router" in sums:
             rate = jnp.where(state.step < bias_steps, config.router_bias_rate, 0.0)
-            model, router = balance(model, sums["router"], rate)
+            parts = 1 if places is None else dict(places[1].mesh.shape).get("expert", 1)
+            model, router = balance(model, sums["router"], rate, parts)
             metrics |= router
         for prefix, tree in (("param_norm", model), ("grad_norm", gradients), ("update_norm", updates)):
             metrics |= group_norms(prefix, tree)
@@ -104,13 +106,16 @@ def accumulate(
     return jax.lax.scan(add, zeros, split, unroll=config.accumulation == 1)[0]
 
 
-def balance(model: Any, sums: RouterReport, rate: Float[Array, ""]) -> tuple[Any, dict[str, Float[Array, ""]]]:
+def balance(
+    model: Any, sums: RouterReport, rate: Float[Array, ""], parts: int = 1
+) -> tuple[Any, dict[str, Float[Array, ""]]]:
     """The model with its score corrections moved towards an even load, and the routers' metrics.
 
     Args:
       model: with experts.
       sums: the routers' reports times their numbers of tokens, summed over the batch.
       rate: of the correction, see `update_bias`.
+      parts: into how many parts the experts are shared out, one after the other.
     """
     tokens = jnp.maximum(sums.tokens, 1)
     load = sums.load / tokens[:, None]
@@ -124,6 +129,8 @@ def balance(model: Any, sums: RouterReport, rate: Float[Array, ""]) -> tuple[Any
         "router/balance_loss": jnp.mean(sums.balance_loss / tokens),
         "router/z_loss": jnp.mean(sums.z_loss / tokens),
         "router/max_violation": jnp.mean(max_violation(load)),
+        "router/device_violation": jnp.mean(max_violation(jnp.sum(load.reshape(len(load), parts, -1), axis=-1))),
         "router/idle": jnp.mean(load == 0, dtype=jnp.float32),
+        "router/dropped": jnp.mean(sums.dropped / tokens),
     }
     return jax.tree_util.tree_map_with_path(move, model), metrics

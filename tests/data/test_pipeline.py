@@ -3,16 +3,12 @@ import functools
 import itertools
 import json
 
-import grain
 import numpy as np
-import orbax.checkpoint as ocp
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnres_jax.config import DataConfig
 from attnres_jax.data import (
-    DataError,
     TextData,
     TokenDocuments,
     heldout_batches,
@@ -117,32 +113,10 @@ def test_shuffling_follows_seed_and_epoch():
 
 
 @settings(max_examples=15, deadline=None)
-@given(LENGTHS, st.sampled_from([2, 3]))
-def test_processes_share_the_documents(lengths, count):
-    text = numbered(lengths)
-    config = DataConfig(sequence_length=8, batch_size=count)
-    batches = -(-3 * sum(lengths) // 8)
-    endless = documents_of(text, take(train_iterator(text, config, seed=1), batches))
-    for index in range(count):
-        iterator = train_iterator(text, config, seed=1, process_index=index, process_count=count)
-        own = documents_of(text, take(iterator, sum(lengths) // 8 + 1))
-        expected = endless[index::count]
-        shared = min(len(own), len(expected))
-        assert shared > 0 and own[:shared] == expected[:shared]
-
-
-def test_local_batches_and_a_batch_that_does_not_divide(small):
-    text, config = small
-    assert next(train_iterator(text, config, seed=0, process_index=1, process_count=2))["inputs"].shape == (2, 16)
-    with pytest.raises(DataError, match=r"data.batch_size=4 is not divisible by the 3 processes; .*data.batch_size=6$"):
-        train_iterator(text, config, seed=0, process_count=3)
-
-
-@settings(max_examples=15, deadline=None)
-@given(LENGTHS, st.integers(1, 12), st.integers(1, 2))
-def test_restored_iterator_goes_on_bitwise(lengths, length, processes):
+@given(LENGTHS, st.integers(1, 12))
+def test_restored_iterator_goes_on_bitwise(lengths, length):
     text, config = numbered(lengths), DataConfig(sequence_length=length, batch_size=2)
-    make = functools.partial(train_iterator, text, config, seed=3, process_count=processes)
+    make = functools.partial(train_iterator, text, config, seed=3)
     iterator, states, batches = make(), [], []
     for _ in range(15):
         states.append(json.dumps(iterator.get_state()))
@@ -155,19 +129,6 @@ def test_restored_iterator_goes_on_bitwise(lengths, length, processes):
         assert_same(take(fresh, 3), batches[step : step + 3])
         iterator.set_state(json.loads(state))  # One that has been used goes back as well.
         assert_same(take(iterator, 3), batches[step : step + 3])
-
-
-def test_state_is_saved_by_orbax(small, tmp_path):
-    text, config = small
-    iterator = train_iterator(text, config, seed=0)
-    take(iterator, 7)
-    with ocp.CheckpointManager(tmp_path / "checkpoints") as manager:
-        manager.save(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
-        expected = take(iterator, 20)
-        manager.wait_until_finished()
-        fresh = train_iterator(text, config, seed=0)
-        manager.restore(7, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
-    assert_same(take(fresh, 20), expected)
 
 
 def test_iterator_survives_a_rebuilt_cache(small):

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from small_runs import ROOT
 
@@ -27,7 +26,7 @@ from attnres_jax.config import (
 )
 from attnres_jax.errors import ConfigError
 from attnres_jax.models import Decoder, named_leaves
-from attnres_jax.parallel import AXES, TABLE, abstract_mesh, data_share, make_mesh, mesh_sizes, with_shardings
+from attnres_jax.parallel import AXES, TABLE, abstract_mesh, make_mesh, mesh_sizes, with_shardings
 from attnres_jax.parallel.mesh import across, device_array, mesh_that_fits
 from attnres_jax.parallel.sharding import logical_axes
 from attnres_jax.parallel.show import placement
@@ -135,18 +134,6 @@ def test_the_first_axes_cross_hosts():
         host = np.vectorize(lambda device: device.process_index)(array).reshape(2, 4, 2)
         assert (host[..., 0] == host[..., 1]).all()  # tensor stays inside
         assert (host[:, 0] == host[:, 1]).all() and len(np.unique(host[:, ::2])) == 4
-
-
-def test_processes_that_hold_the_same_rows_read_the_same_share():
-    def shares(**sizes):
-        sizes = {**dict.fromkeys(AXES, 1), **sizes}
-        devices = device_array(sizes, fake_devices(4, 2))
-        mesh = Mesh(devices, AXES)
-        return [data_share(mesh, process) for process in range(4)]
-
-    assert shares(data=8) == shares(fsdp=4, tensor=2) == [(i, 4) for i in range(4)]
-    assert shares(data=2, tensor=4) == [(0, 2), (0, 2), (1, 2), (1, 2)]
-    assert shares(tensor=8) == [(0, 1)] * 4
 
 
 def test_what_does_not_divide_stays_whole():

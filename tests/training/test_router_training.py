@@ -65,6 +65,7 @@ def test_corrections_follow_the_load_and_nothing_else_moves_them(batch):
     assert metrics["router/max_violation"] == pytest.approx(float(reports.max_violation.mean()), rel=1e-5)
     assert metrics["router/balance_loss"] == pytest.approx(float(reports.balance_loss.mean()), rel=1e-5)
     assert metrics["router/idle"] == float(reports.idle.mean())
+    assert metrics["router/dropped"] == metrics["router/device_violation"] == 0
     assert metrics["grad_norm/router"] > 0 and metrics["grad_norm/experts"] > 0
 
 
