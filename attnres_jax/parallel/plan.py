@@ -3,13 +3,14 @@
     pip install 'attnres_jax[tpu]'
     python -m attnres_jax.parallel.plan --config=configs/kimi_linear_48b.py --topology=v5p:4x4x4 [--compare=residual]
 
-No TPU is needed: the very step that `train.py` would run is compiled for the slice. Where each figure comes from:
+No TPU is needed: the very step that `train.py` would run is compiled for the slice (`parallel/ahead.py`), but for the
+chips' machine code, unless --code asks for that: it takes long. Where each figure comes from:
 
     memory       parameters, optimizer: by their shardings. Bank: its sources of a micro-batch, by theirs. Gradients:
                  the sums over micro-batches; of a single one they are temporary. Activations: what the traced forward
                  pass of a micro-batch hands to the backward pass beyond parameters and bank, split as the tokens are.
                  Temporary: what else the compiler allots, gathered parameters and padding included. All: the
-                 compiler's own sum.
+                 compiler's own sum. It fits if a twentieth of the chip's memory is left for code and runtime.
     collectives  from the compiled program, loops counted as often as they run: `parallel/collectives.py`
     FLOPs        analytic, of the model (`training/flops.py`)
     time         an estimate, from published peak rates alone: the longer of compute (with the forward pass that
@@ -22,11 +23,7 @@ Exit code: 0 it fits, 1 it does not, 2 something to mend in the command.
 
 import dataclasses
 import math
-import re
-import tempfile
-import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,41 +35,18 @@ from attnres_jax.axes import HIDDEN, partition
 from attnres_jax.cli import launch
 from attnres_jax.config import Config, load_config
 from attnres_jax.models.plan import cut
+from attnres_jax.parallel.ahead import Program, compile_step
 from attnres_jax.parallel.chips import Chip, slice_devices
 from attnres_jax.parallel.collectives import Traffic, traffic
 from attnres_jax.parallel.mesh import make_mesh
-from attnres_jax.parallel.sharding import TABLE, replicated, use_mesh, with_shardings
-from attnres_jax.training import (
-    TrainState,
-    forward_flops_per_token,
-    learning_rate_schedule,
-    make_optimizer,
-    make_train_step,
-    training_flops_per_token,
-)
+from attnres_jax.parallel.sharding import TABLE, use_mesh, with_shardings
+from attnres_jax.training import TrainState, forward_flops_per_token, training_flops_per_token
 from attnres_jax.training.checkpoints import abstract_state
 from attnres_jax.training.flops import peak_flops
 from attnres_jax.training.loss import objective
-from attnres_jax.training.step import batch_shapes
 
-
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """What the compiler says of a step on one device.
-
-    Attributes:
-      argument_bytes: state and batch.
-      total_bytes: all that it allots; with its own word that this is too much, `memory` is None.
-      text: its HLO after all optimisations, empty if the compiler gave none.
-      seconds: compiling took.
-    """
-
-    argument_bytes: int
-    code_bytes: int
-    total_bytes: int
-    text: str
-    seconds: float
-    too_large: bool = False
+RESERVE = 0.05
+"""The share of a chip's memory that a step must leave: for its machine code, and for what the runtime keeps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,19 +89,22 @@ class Plan:
 
     def fits(self, chip: Chip) -> bool:
         """Whether the program's memory is there."""
-        return not self.program.too_large and self.program.total_bytes <= chip.hbm_bytes
+        needed = self.program.total_bytes + (self.program.code_bytes or 0)
+        return needed <= (1 - RESERVE) * chip.hbm_bytes
 
 
-def make_plan(config: Config, devices: Sequence[Any], chip: Chip) -> Plan:
-    """Compiles the step of `config` for `devices`, which need not be there, and reads the plan off it.
+def make_plan(config: Config, topology: str, *, code: bool = False) -> Plan:
+    """Compiles the step of `config` for a TPU slice, which need not be there, and reads the plan off it.
 
     Raises:
-      ConfigError: if so many devices do not make up the mesh that `config.mesh` asks for.
+      ConfigError: if there is no such slice, or its devices do not make up the mesh that `config.mesh` asks for.
+      CompilationError: if the compiler fails.
     """
+    devices, chip = slice_devices(topology)
     mesh = make_mesh(config, devices)
+    program = compile_step(config, topology, code=code)
     with use_mesh(mesh):
         state = abstract_state(config, mesh)
-        program = compile_step(config, state, mesh)
         saved = saved_bytes(config, state.model)
     rows = config.data.batch_size // config.training.accumulation
     sources, bank = bank_bytes(state.model, mesh, rows, config.data.sequence_length)
@@ -135,7 +112,6 @@ def make_plan(config: Config, devices: Sequence[Any], chip: Chip) -> Plan:
     memory = {
         "parameters": local_bytes(state.model),
         "optimizer": local_bytes(state.opt_state),
-        "code": program.code_bytes,
     }
     memory["batch, padding"] = max(0, program.argument_bytes - memory["parameters"] - memory["optimizer"])
     memory["bank"] = bank
@@ -161,32 +137,6 @@ def make_plan(config: Config, devices: Sequence[Any], chip: Chip) -> Plan:
         ici_seconds=sum(row.sent_bytes for row in found or ()) / chip.ici_rate,
         useful_seconds=tokens * useful / peak,
     )
-
-
-def compile_step(config: Config, state: TrainState, mesh: Mesh) -> Program:
-    """The training step that `train` would run, compiled for the devices of the mesh that is set."""
-    schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-    step = make_train_step(config.training, make_optimizer(config.optimizer, schedule), schedule, state)
-    arguments = state, batch_shapes(config.data, mesh), token_bytes_shape(config, mesh)
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
-        lowered = step.lower(*arguments)
-        try:
-            memory = lowered.compile(compiler_options=options).memory_analysis()
-        except jax.errors.JaxRuntimeError as error:
-            total = _needed(str(error))
-            arguments_alone = local_bytes(state)
-            return Program(arguments_alone, 0, total, _text(folder), time.perf_counter() - started, too_large=True)
-        results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        code = memory.generated_code_size_in_bytes
-        total = memory.argument_size_in_bytes + results + memory.temp_size_in_bytes + code
-        return Program(memory.argument_size_in_bytes, code, total, _text(folder), time.perf_counter() - started)
-
-
-def token_bytes_shape(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """Of the table of the tokens' bytes, which a step takes beside state and batch."""
-    return jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32, sharding=replicated(mesh))
 
 
 def local_bytes(tree: Any) -> int:
@@ -261,8 +211,8 @@ def show(plans: Sequence[Plan], config: Config, mesh: Mesh, topology: str, chip:
             _row(f"  {kind}", *(f"{plan.memory[kind] / 1e9:.3f}" for plan in plans))
             for kind in ("parameters", "optimizer", "batch, padding", "bank", "gradients", "activations", "temporary")
         ),
-        _row("  code", *(f"{plan.memory['code'] / 1e9:.3f}" for plan in plans)),
         _row("  all", *(f"{plan.program.total_bytes / 1e9:.3f}" for plan in plans)),
+        _row("  machine code", *(_code(plan.program) for plan in plans)),
         _row(f"  fits in {chip.hbm_bytes / 1e9:.0f} GB", *("yes" if plan.fits(chip) else "no" for plan in plans)),
         _row("  sources in the bank", *(str(plan.sources or "-") for plan in plans)),
         "collectives of a step, GB sent by a device (how many)",
@@ -288,19 +238,19 @@ def main(arguments: list[str], overrides: list[str]) -> int:
     """Config, compilation, table."""
     if arguments:
         raise flags.Error(f"argument {arguments[0]!r} is not understood; settings are given as --config.key=value")
-    topology, rule = flags.FLAGS.topology, flags.FLAGS.compare
+    topology, rule, code = flags.FLAGS.topology, flags.FLAGS.compare, flags.FLAGS.code
     configs = [load_config(flags.FLAGS.config, overrides)]
     if rule:
         other = load_config(flags.FLAGS.config, [*overrides, f"model.depth.rule={rule}"])
         configs.append(dataclasses.replace(other, name=rule))
     devices, chip = slice_devices(topology)
-    plans = [make_plan(config, devices, chip) for config in configs]
-    print(show(plans, configs[0], make_mesh(configs[0], devices), topology, chip))
+    mesh = make_mesh(configs[0], devices)  # what is wrong with it is said before anything is compiled
+    plans = [make_plan(config, topology, code=code) for config in configs]
+    print(show(plans, configs[0], mesh, topology, chip))
     return 0 if all(plan.fits(chip) for plan in plans) else 1
 
 
 _BATCH = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def _parts_of_the_tokens(mesh: Mesh, rows: int, length: int) -> int:
@@ -322,24 +272,6 @@ def _is_key(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
-def _text(folder: str) -> str:
-    """The program as the compiler dumped it: `as_text` fails on jax 0.10.2 where collectives are asynchronous."""
-    files = [*Path(folder).glob("*jit_step*after_optimizations.txt")]
-    return max(files, key=lambda file: file.stat().st_size).read_text() if files else ""
-
-
-def _needed(message: str) -> int:
-    """Bytes of a program that the compiler refused for their number.
-
-    Raises:
-      RuntimeError: if that is not why it was refused.
-    """
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    if not used:
-        raise RuntimeError(message)
-    return int(float(used[1]) * _UNITS[used[2]])
-
-
 def _collectives(plans: Sequence[Plan]) -> list[str]:
     if any(plan.collectives is None for plan in plans):
         return ["  the compiler gave no program to read them from"]
@@ -357,6 +289,10 @@ def _counts(plans: Sequence[Plan]) -> str:
     return ", ".join(str(plan.unknown_loops) for plan in plans)
 
 
+def _code(program: Program) -> str:
+    return "not generated" if program.code_bytes is None else f"{program.code_bytes / 1e9:.3f}"
+
+
 def _row(label: str, *cells: str) -> str:
     return f"{label:44}" + "".join(f"{cell:>28}" for cell in cells)
 
@@ -365,5 +301,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file and its argument, as in configs/tiny.py:residual=block.")
     flags.DEFINE_string("topology", None, "TPU slice, as in v5p:4x4x4, v5e:4x4 or v6e:4x4: chips along each axis.")
     flags.DEFINE_string("compare", None, "A depth rule to put beside, as in residual.")
+    flags.DEFINE_boolean("code", False, "Wait for the machine code too.")
     flags.mark_flags_as_required(["config", "topology"])
     launch(main)

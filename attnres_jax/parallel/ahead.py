@@ -1,0 +1,145 @@
+"""The training step compiled for TPUs that need not be there, up to the schedule and the place of every buffer.
+
+XLA decides first what runs when and where it lies, and then writes the chips' machine code, which for this project's
+models takes ten times as long and changes nothing of that. So the compiler runs in a process of its own and is stopped
+once it has dumped its decisions, unless the machine code is wanted too.
+"""
+
+import dataclasses
+import multiprocessing
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from attnres_jax.config import Config
+from attnres_jax.errors import UserError
+from attnres_jax.parallel.chips import slice_devices
+from attnres_jax.parallel.mesh import make_mesh
+from attnres_jax.parallel.sharding import replicated, use_mesh
+from attnres_jax.training import learning_rate_schedule, make_optimizer, make_train_step
+from attnres_jax.training.checkpoints import abstract_state
+from attnres_jax.training.step import batch_shapes
+
+POLL_SECONDS = 2
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+class CompilationError(UserError):
+    """The TPU compiler failed, for another reason than memory."""
+
+    exit_code = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What the compiler says of a step on one device.
+
+    Attributes:
+      argument_bytes: of state and batch as they are laid out on the chip; 0 where the compiler did not get that far.
+      total_bytes: of all its buffers, the arguments included.
+      code_bytes: of its machine code; None if that was not generated.
+      text: its HLO after all optimisations; empty where the compiler did not get that far.
+      seconds: that compiling took.
+    """
+
+    argument_bytes: int
+    total_bytes: int
+    code_bytes: int | None
+    text: str
+    seconds: float
+
+
+def compile_step(config: Config, topology: str, *, code: bool = False) -> Program:
+    """The step that `train` would run, compiled for a slice in a process of its own.
+
+    Args:
+      config: the run.
+      topology: a slice as `slice_devices` takes it.
+      code: whether to wait for the machine code.
+
+    Raises:
+      CompilationError: if the compiler gives up, but not for want of memory.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        process = multiprocessing.get_context("spawn").Process(target=_compile, args=(config, topology, folder))
+        process.start()
+        try:
+            sizes: list[int] = []
+            while process.is_alive():
+                process.join(POLL_SECONDS)
+                before, sizes = sizes, [file.stat().st_size for file in _dumps(folder).values()]
+                if not code and len(sizes) == len(DUMPS) and sizes == before:
+                    break
+        finally:
+            process.kill()
+            process.join()
+        return _read(folder, process.exitcode, time.perf_counter() - started)
+
+
+def lower_step(config: Config, mesh: Mesh) -> Any:
+    """The step as `jax.stages.Lowered`, for the devices of the mesh."""
+    with use_mesh(mesh):
+        state = abstract_state(config, mesh)
+        schedule = learning_rate_schedule(config.optimizer, config.training.steps)
+        step = make_train_step(config.training, make_optimizer(config.optimizer, schedule), schedule, state)
+        token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32, sharding=replicated(mesh))
+        return step.lower(state, batch_shapes(config.data, mesh), token_bytes)
+
+
+DUMPS = {
+    "report": "after_optimizations-memory-usage-report.txt",
+    "buffers": "after_optimizations-buffer-assignment.txt",
+    "text": "after_optimizations.txt",
+    "last": "after_optimizations_after_buffer_assignment.txt",
+}
+"""What XLA writes of a module, by the end of the file's name; the last of them last."""
+
+
+def _compile(config: Config, topology: str, folder: Path) -> None:
+    """Runs in the process that may be stopped: leaves dumps, and either the size of the code or an error."""
+    devices, _ = slice_devices(topology)
+    options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+    try:
+        compiled = lower_step(config, make_mesh(config, devices)).compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        (folder / "error").write_text(str(error))
+    else:
+        (folder / "code").write_text(str(compiled.memory_analysis().generated_code_size_in_bytes))
+
+
+def _dumps(folder: Path) -> dict[str, Path]:
+    found = {key: next(folder.glob(f"*.jit_step.*.{end}"), None) for key, end in DUMPS.items()}
+    return {key: file for key, file in found.items() if file}
+
+
+def _read(folder: Path, exit_code: int | None, seconds: float) -> Program:
+    files, error, code = _dumps(folder), folder / "error", folder / "code"
+    if error.exists() and "report" not in files:
+        return Program(0, _refused(error.read_text()), None, "", seconds)
+    if len(files) < len(DUMPS) and not error.exists():
+        raise CompilationError(f"the TPU compiler ended with exit code {exit_code} and without a program")
+    total = int(re.search(r"\(color=0\)\s+Total bytes: (\d+)", files["report"].read_text())[1])
+    arguments = re.findall(r"^allocation \d+: size (\d+),.* parameter \d+", files["buffers"].read_text(), re.MULTILINE)
+    code_bytes = int(code.read_text()) if code.exists() else None
+    text = files["text"].read_text() if "text" in files else ""
+    return Program(sum(map(int, arguments)), total, code_bytes, text, seconds)
+
+
+def _refused(message: str) -> int:
+    """The bytes of a program that the compiler refused for them.
+
+    Raises:
+      CompilationError: if that is not why it refused it.
+    """
+    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
+    if not used:
+        raise CompilationError(f"the TPU compiler failed: {' '.join(message.split())[:300]}")
+    return int(float(used[1]) * _UNITS[used[2]])
