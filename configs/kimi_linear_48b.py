@@ -31,6 +31,7 @@ def get_config(argument: str = ""):
     config.model = ConfigDict(dataclasses.asdict(preset("kimi-linear-48b-a3b", args.residual, block_size)))
     config.model.remat = "full"
     config.data.update(sequence_length=4096, batch_size=2048)
-    config.training.update(steps=119_209, log_every=10, eval_every=1000, checkpoint_every=1000)
+    config.training.update(steps=119_209, accumulation=32, log_every=10, eval_every=1000, checkpoint_every=1000)
+    config.mesh.update(fsdp=8, expert=8)  # 64 devices, a sequence on each
     config.optimizer.update(learning_rate=1.1e-3, final_learning_rate=1.1e-4, warmup_steps=2000)
     return config

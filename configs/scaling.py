@@ -56,7 +56,9 @@ def get_config(argument: str = ""):
     model.depth.rule = args.residual
     model.depth.block_size = sublayers_in_block(args.block_size, args.layers_per_block, default_block_size(layers))
     data.update(sequence_length=8192, batch_size=batch)
+    config.mesh.fsdp = 8
     training.steps = round(tokens / (batch * 8192))
+    training.accumulation = batch // 8  # a sequence on each of 8 devices
     training.update(log_every=10, eval_every=500, checkpoint_every=500)
     optimizer.update(learning_rate=learning_rate, final_learning_rate=learning_rate / 10)
     optimizer.warmup_steps = training.steps // 50

@@ -95,7 +95,6 @@ def lower_step(config: Config, mesh: Mesh) -> Any:
 
 
 DUMPS = {
-    "report": "after_optimizations-memory-usage-report.txt",
     "buffers": "after_optimizations-buffer-assignment.txt",
     "text": "after_optimizations.txt",
     "last": "after_optimizations_after_buffer_assignment.txt",
@@ -122,15 +121,27 @@ def _dumps(folder: Path) -> dict[str, Path]:
 
 def _read(folder: Path, exit_code: int | None, seconds: float) -> Program:
     files, error, code = _dumps(folder), folder / "error", folder / "code"
-    if error.exists() and "report" not in files:
+    if error.exists() and "buffers" not in files:
         return Program(0, _refused(error.read_text()), None, "", seconds)
     if len(files) < len(DUMPS) and not error.exists():
         raise CompilationError(f"the TPU compiler ended with exit code {exit_code} and without a program")
-    total = int(re.search(r"\(color=0\)\s+Total bytes: (\d+)", files["report"].read_text())[1])
-    arguments = re.findall(r"^allocation \d+: size (\d+),.* parameter \d+", files["buffers"].read_text(), re.MULTILINE)
+    arguments, total = allotted(files["buffers"].read_text())
     code_bytes = int(code.read_text()) if code.exists() else None
     text = files["text"].read_text() if "text" in files else ""
-    return Program(sum(map(int, arguments)), total, code_bytes, text, seconds)
+    return Program(arguments, total, code_bytes, text, seconds)
+
+
+def allotted(buffers: str) -> tuple[int, int]:
+    """(bytes of the arguments, bytes of all allocations) in a device's main memory, from XLA's dump of them.
+
+    Other memories have a color, and what is thread-local lives inside a fusion and is no memory at all.
+    """
+    arguments = total = 0
+    for size, what in re.findall(r"^allocation \d+: size (\d+), (.*)$", buffers, re.MULTILINE):
+        if "thread-local" not in what and not re.search(r"\bcolor [1-9]", what):
+            total += int(size)
+            arguments += int(size) if re.search(r"\bparameter \d", what) else 0
+    return arguments, total
 
 
 def _refused(message: str) -> int:
