@@ -39,7 +39,7 @@ from attnres_jax.parallel.ahead import Program, compile_step
 from attnres_jax.parallel.chips import Chip, slice_devices
 from attnres_jax.parallel.collectives import Traffic, traffic
 from attnres_jax.parallel.mesh import make_mesh
-from attnres_jax.parallel.sharding import TABLE, use_mesh, with_shardings
+from attnres_jax.parallel.sharding import TABLE, AnyMesh, use_mesh, with_shardings
 from attnres_jax.training import TrainState, forward_flops_per_token, training_flops_per_token
 from attnres_jax.training.checkpoints import abstract_state
 from attnres_jax.training.flops import peak_flops
@@ -146,10 +146,11 @@ def local_bytes(tree: Any) -> int:
     )
 
 
-def bank_bytes(model: Any, mesh: Mesh, rows: int, length: int) -> tuple[int, int]:
+def bank_bytes(model: Any, mesh: AnyMesh, rows: int, length: int) -> tuple[int, int]:
     """(sources of the bank, its bytes on one device) for a micro-batch of `rows` sequences.
 
-    Rules that read a stream alone have no bank: (0, 0).
+    With the sources counts what a rule keeps beside them, as `block` the logits that sites give them. Rules that read
+    a stream alone have no bank: (0, 0).
     """
     rule = model.rule()
     embedding = jax.ShapeDtypeStruct((rows, length, model.config.width), model.config.dtype)
@@ -157,8 +158,9 @@ def bank_bytes(model: Any, mesh: Mesh, rows: int, length: int) -> tuple[int, int
     leaves = jax.tree.leaves(bank)
     if not leaves:
         return 0, 0
-    sources = len(leaves[0].shape) and leaves[0].shape[0]
-    sources += sum(len(s.slots) * rule.num_appended(len(s.kinds)) for s in cut(model.plan(), rule.block_size))
+    sources = leaves[0].shape[0] + sum(
+        len(s.slots) * rule.num_appended(len(s.kinds)) for s in cut(model.plan(), rule.block_size)
+    )
     total = sum(sources * math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
     return sources, total // _parts_of_the_tokens(mesh, rows, length)
 
@@ -253,7 +255,7 @@ def main(arguments: list[str], overrides: list[str]) -> int:
 _BATCH = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
 
 
-def _parts_of_the_tokens(mesh: Mesh, rows: int, length: int) -> int:
+def _parts_of_the_tokens(mesh: AnyMesh, rows: int, length: int) -> int:
     """In how many parts hidden states are."""
     shape = rows, length, 1
     place = NamedSharding(mesh, partition(shape, HIDDEN, dict(mesh.shape), TABLE))

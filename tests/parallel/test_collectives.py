@@ -1,4 +1,4 @@
-"""The reader of collectives: programs whose traffic is known by hand, compiled for eight devices, and TPU's notations."""
+"""The reader of collectives: programs of known traffic, compiled for eight devices, and the notations of TPUs."""
 
 import json
 import os
@@ -138,8 +138,12 @@ def test_a_loop_of_unknown_length_counts_once_and_is_told():
     ],
 )
 def test_notations_of_groups(groups, axes, members):
-    text = f"ENTRY %m (x: f32[8]) -> f32[8] {{\n  %x = f32[8]{{0}} parameter(0)\n  %y = f32[8]{{0}} all-reduce(%x), {groups}\n}}"
-    assert traffic(text, MESH)[0] == [Traffic("all-reduce", axes, 1, 2 * 32 * (members - 1) // members)]
+    lines = (
+        "ENTRY %m (x: f32[8]) -> f32[8] {",
+        "  %x = f32[8]{0} parameter(0)",
+        f"  %y = f32[8]{{0}} all-reduce(%x), {groups}",
+    )
+    assert traffic("\n".join(lines), MESH)[0] == [Traffic("all-reduce", axes, 1, 2 * 32 * (members - 1) // members)]
 
 
 def test_sizes_of_types():
