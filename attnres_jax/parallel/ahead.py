@@ -7,8 +7,10 @@ once it has dumped its decisions, unless the machine code is wanted too.
 
 import dataclasses
 import multiprocessing
+import os
 import re
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,7 @@ DUMPS = {
 
 def _compile(config: Config, topology: str, folder: Path) -> None:
     """Runs in the process that may be stopped: leaves dumps, and either the size of the code or an error."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     devices, _ = slice_devices(topology)
     options = {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
     try:
@@ -112,6 +115,12 @@ def _compile(config: Config, topology: str, folder: Path) -> None:
         (folder / "error").write_text(str(error))
     else:
         (folder / "code").write_text(str(compiled.memory_analysis().generated_code_size_in_bytes))
+
+
+def _end_with_parent() -> None:
+    """Lets no compiler go on that nobody waits for, however the parent ended."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _dumps(folder: Path) -> dict[str, Path]:

@@ -15,8 +15,8 @@ chips' machine code, unless --code asks for that: it takes long. Where each figu
     FLOPs        analytic, of the model (`training/flops.py`)
     time         an estimate, from published peak rates alone: the longer of compute (with the forward pass that
                  `model.remat=full` repeats) and of the memory traffic of weights, gradients and optimizer, then the
-                 collectives, as if nothing hid them. A step can be slower, since no matmul reaches the peak, or
-                 faster, since communication overlaps.
+                 collectives at the rate of all of a chip's links, as if nothing hid them. A step can be slower, since
+                 no matmul reaches the peak and a ring has some of the links, or faster, since communication overlaps.
 
 Exit code: 0 it fits, 1 it does not, 2 something to mend in the command.
 """
@@ -204,7 +204,7 @@ def show(plans: Sequence[Plan], config: Config, mesh: Mesh, topology: str, chip:
     sizes = " * ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1) or "1 device"
     lines = [
         f"{topology}: {mesh.size} x {mesh.devices.flat[0].device_kind} as {sizes}",
-        f"batch: {config.data.batch_size} x {tokens} tokens in {config.training.accumulation} micro-batches of {rows}; "
+        f"batch: {config.data.batch_size} x {tokens} tokens, {rows} at a time; "
         f"remat {config.model.remat}, {config.model.dtype}",
         "",
         _row("", *(plan.name for plan in plans)),
@@ -229,7 +229,9 @@ def show(plans: Sequence[Plan], config: Config, mesh: Mesh, topology: str, chip:
         _row("  estimate, utilisation", *(f"{plan.utilisation:.1%}" for plan in plans)),
         _row("compiled in, s", *(f"{plan.program.seconds:.0f}" for plan in plans)),
         "",
-        "Estimate: max(compute, HBM) + interconnect at published peak rates, nothing overlapped: not a measurement.",
+        "Memory is what the TPU compiler allots. Collectives are read from the program that it scheduled, loops counted",
+        "as often as they run; bytes are those of rings. The estimate is max(compute, HBM) + interconnect at published",
+        "peak rates, with nothing of the communication hidden and recomputation included: not a measurement.",
     ]
     if any(plan.unknown_loops for plan in plans):
         lines.append("Loops of unknown length with collectives inside, counted once: " + _counts(plans))

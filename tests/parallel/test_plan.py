@@ -240,6 +240,15 @@ def test_what_cannot_be_is_one_line():
 
 @tpu
 @pytest.mark.slow
+def test_experts_are_multiplied_as_on_a_tpu():
+    """Not as on the machine that compiles: see `layers/experts.py`."""
+    devices, _ = slice_devices("v5p:2x2x1")
+    config = load_config(str(ROOT / "configs/tiny_kimi.py"), ["mesh.fsdp=4"])
+    assert "ragged_dot" in lower_step(config, make_mesh(config, devices)).as_text()
+
+
+@tpu
+@pytest.mark.slow
 def test_memory_is_what_the_compiled_program_reports():
     """A small step, with its machine code: the compiler's own analysis gives the same bytes, but for tiny constants."""
     devices, _ = slice_devices("v5p:2x2x1")
