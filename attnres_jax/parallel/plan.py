@@ -229,9 +229,9 @@ def show(plans: Sequence[Plan], config: Config, mesh: Mesh, topology: str, chip:
         _row("  estimate, utilisation", *(f"{plan.utilisation:.1%}" for plan in plans)),
         _row("compiled in, s", *(f"{plan.program.seconds:.0f}" for plan in plans)),
         "",
-        "Memory is what the TPU compiler allots. Collectives are read from the program that it scheduled, loops counted",
-        "as often as they run; bytes are those of rings. The estimate is max(compute, HBM) + interconnect at published",
-        "peak rates, with nothing of the communication hidden and recomputation included: not a measurement.",
+        "Memory is what the TPU compiler allots. Collectives are read from the program that it scheduled, each counted",
+        "as often as it runs, with the bytes of a ring. The estimate is max(compute, HBM) + interconnect at published",
+        "peak rates, with recomputation and with no communication hidden: not a measurement.",
     ]
     if any(plan.unknown_loops for plan in plans):
         lines.append("Loops of unknown length with collectives inside, counted once: " + _counts(plans))
