@@ -8,9 +8,10 @@ chips' machine code, unless --code asks for that: it takes long. Where each figu
 
     memory       parameters, optimizer: by their shardings. Bank: its sources of a micro-batch, by theirs. Gradients:
                  the sums over micro-batches; of a single one they are temporary. Activations: what the traced forward
-                 pass of a micro-batch hands to the backward pass beyond parameters and bank, split as the tokens are.
-                 Temporary: what else the compiler allots, gathered parameters and padding included. All: the
-                 compiler's own sum. It fits if a twentieth of the chip's memory is left for code and runtime.
+                 pass of a micro-batch hands to the backward pass beyond parameters and bank, split as the tokens are
+                 (or all that is left, where the compiler computes some of it again). Temporary: what else the
+                 compiler allots, gathered parameters and padding included. All: the compiler's own sum. It fits if a
+                 twentieth of the chip's memory is left for code and runtime.
     collectives  from the compiled program, loops counted as often as they run: `parallel/collectives.py`
     FLOPs        analytic, of the model (`training/flops.py`)
     time         an estimate, from published peak rates alone: the longer of compute (with the forward pass that
