@@ -29,7 +29,6 @@ from attnres_jax.training.checkpoints import abstract_state
 from attnres_jax.training.step import batch_shapes
 
 POLL_SECONDS = 2
-_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class CompilationError(UserError):
@@ -43,10 +42,10 @@ class Program:
     """What the compiler says of a step on one device.
 
     Attributes:
-      argument_bytes: of state and batch as they are laid out on the chip; 0 where the compiler did not get that far.
+      argument_bytes: of state and batch as they are laid out on the chip.
       total_bytes: of all its buffers, the arguments included.
       code_bytes: of its machine code; None if that was not generated.
-      text: its HLO after all optimisations; empty where the compiler did not get that far.
+      text: its HLO after all optimisations; empty where the compiler did not say it.
       seconds: that compiling took.
     """
 
@@ -130,14 +129,13 @@ def _dumps(folder: Path) -> dict[str, Path]:
 
 def _read(folder: Path, exit_code: int | None, seconds: float) -> Program:
     files, error, code = _dumps(folder), folder / "error", folder / "code"
-    if error.exists() and "buffers" not in files:
-        return Program(0, _refused(error.read_text()), None, "", seconds)
-    if len(files) < len(DUMPS) and not error.exists():
-        raise CompilationError(f"the TPU compiler ended with exit code {exit_code} and without a program")
+    message = " ".join(error.read_text().split()) if error.exists() else f"exit code {exit_code}"
+    # A program that is too large for the chip is refused once its buffers are known.
+    if "buffers" not in files or (error.exists() and "Ran out of memory" not in message):
+        raise CompilationError(f"the TPU compiler failed: {message[:300]}")
     arguments, total = allotted(files["buffers"].read_text())
     code_bytes = int(code.read_text()) if code.exists() else None
-    text = files["text"].read_text() if "text" in files else ""
-    return Program(arguments, total, code_bytes, text, seconds)
+    return Program(arguments, total, code_bytes, files["text"].read_text() if "text" in files else "", seconds)
 
 
 def allotted(buffers: str) -> tuple[int, int]:
@@ -151,15 +149,3 @@ def allotted(buffers: str) -> tuple[int, int]:
             total += int(size)
             arguments += int(size) if re.search(r"\bparameter \d", what) else 0
     return arguments, total
-
-
-def _refused(message: str) -> int:
-    """The bytes of a program that the compiler refused for them.
-
-    Raises:
-      CompilationError: if that is not why it refused it.
-    """
-    used = re.search(r"Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm", message)
-    if not used:
-        raise CompilationError(f"the TPU compiler failed: {' '.join(message.split())[:300]}")
-    return int(float(used[1]) * _UNITS[used[2]])

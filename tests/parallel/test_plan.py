@@ -15,7 +15,7 @@ from attnres_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load
 from attnres_jax.errors import ConfigError
 from attnres_jax.models import Decoder
 from attnres_jax.parallel import abstract_mesh, chips, make_mesh, plan
-from attnres_jax.parallel.ahead import CompilationError, Program, _refused, allotted, lower_step
+from attnres_jax.parallel.ahead import DUMPS, CompilationError, Program, _read, allotted, lower_step
 from attnres_jax.parallel.chips import CHIPS, slice_devices
 from attnres_jax.parallel.collectives import Traffic
 from attnres_jax.training import training_flops_per_token
@@ -90,10 +90,28 @@ def test_memory_is_that_of_the_chip_alone():
     assert allotted(BUFFERS) == (4096, 4096 + 256 + 70000)
 
 
-def test_a_program_refused_for_its_size():
-    assert _refused("Ran out of memory in memory space hbm. Used 1.50G of 95.74G hbm. Exceeded") == 3 * 2**29
-    with pytest.raises(CompilationError, match="the TPU compiler failed: INTERNAL: why"):
-        _refused("INTERNAL:\n why")
+@pytest.mark.parametrize(
+    "error, buffers, message",
+    [
+        ("INTERNAL:\n why", True, "the TPU compiler failed: INTERNAL: why"),
+        ("Ran out of memory", False, "the TPU compiler failed: Ran out of memory"),
+        (None, False, "the TPU compiler failed: exit code -9"),
+    ],
+)
+def test_a_compiler_that_fails_is_one_line(tmp_path, error, buffers, message):
+    if error:
+        (tmp_path / "error").write_text(error)
+    if buffers:
+        (tmp_path / f"m.jit_step.x.{DUMPS['buffers']}").write_text(BUFFERS)
+    with pytest.raises(CompilationError, match=message) as raised:
+        _read(tmp_path, -9, 1.0)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_program_too_large_for_the_chip_is_read_all_the_same(tmp_path):
+    (tmp_path / "error").write_text("Ran out of memory on HBM")
+    (tmp_path / f"m.jit_step.x.{DUMPS['buffers']}").write_text(BUFFERS)
+    assert _read(tmp_path, 1, 3.0) == Program(4096, 4096 + 256 + 70000, None, "", 3.0)
 
 
 def test_the_bank_of_a_device():
