@@ -159,16 +159,16 @@ def test_a_block_is_computed_again_even_if_it_is_the_only_one_of_its_kind(rule, 
     """XLA takes a loop of one turn apart, where it could merge the recomputation with the forward pass."""
     rule = make_rule(rule, 2, 1e-6, Options())
     segment = Segment(("mlp", "mlp"), np.arange(2 * blocks).reshape(blocks, 2))
-    sublayer = lambda kind, own, h, context: (jnp.sin(h @ own), ())  # noqa: E731
+    sublayer = lambda kind, own, h, context: (jnp.tanh(jnp.tanh(h @ own) @ own), ())  # noqa: E731
     stacks, sites = {"mlp": jnp.ones((2 * blocks, WIDTH, WIDTH))}, rule.init_sites(2 * blocks, WIDTH)
 
-    def sines(remat: str) -> int:
+    def products(remat: str) -> int:
         def loss(stacks, x):
             stream, bank = rule.begin(sites, x)
             stream, bank, _ = depth_scan(rule, (segment,), sublayer, stacks, sites, stream, bank, remat=remat)
-            return jnp.sum(rule.readout(sites, stream, bank))
+            return jnp.sum(jnp.square(rule.readout(sites, stream, bank)))
 
         lowered = jax.jit(jax.grad(loss, (0, 1))).lower(stacks, jnp.ones((BATCH, TOKENS, WIDTH)))
-        return lowered.compile(compiler_options=OPTIMISED).as_text().count(" sine(")
+        return lowered.compile(compiler_options=OPTIMISED).as_text().count(" dot(")
 
-    assert sines("none") == 2 < sines("full")
+    assert products("full") >= products("none") + 2
