@@ -12,11 +12,11 @@ demo: $(VENV)/.core
 
 ## Set up, lint, check import contracts, run all tests but the slow ones.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
 
-## The tests that take minutes each.
-test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow
+## The tests that take minutes each, those of the TPU compiler included (installs libtpu into the same environment).
+test-slow: $(VENV)/.tpu
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 
 ## Against the transformers library itself (installs torch, for CPU, into the same environment).
 test-parity: $(VENV)/.parity
@@ -57,6 +57,10 @@ $(VENV)/.core: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.core
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[dev]"
+	touch $@
+
+$(VENV)/.tpu: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e ".[tpu]"
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.dev

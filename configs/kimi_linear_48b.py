@@ -2,15 +2,15 @@
 
 Command:  python train.py --config=configs/kimi_linear_48b.py:residual=block --workdir=runs/kimi_linear_48b
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: not tried. Parameters and AdamW's moments take 9.2 GB on each of 64 devices; `training.accumulation` divides
-          the rest: python -m attnres_jax.parallel.show --config=configs/kimi_linear_48b.py --config.mesh.fsdp=8
-            --config.mesh.expert=8 --devices=64
+Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step takes 53 of 95 GB on each:
+          python -m attnres_jax.parallel.plan --config=configs/kimi_linear_48b.py --topology=v5p:4x4x4
+            (benchmarks/results/plans-tpu.md)
 Time:     not measured
 Expected: the paper's benchmarks after 1.4T tokens (its Table 3); no run has been made here
 
-Blocks of three layers: nine and the embedding, ten sources. A batch is 8M tokens, as there. The paper's optimizer is
-Muon under a warm-up-stable-decay schedule, and its learning rate is not stated: AdamW, a cosine and Kimi Linear's own
-rate stand in for them.
+Blocks of three layers: nine and the embedding, ten sources. A batch is 8M tokens, as there, in 32
+micro-batches. The paper's optimizer is Muon under a warm-up-stable-decay schedule, and its learning rate is not stated:
+AdamW, a cosine and Kimi Linear's own rate stand in for them.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ def get_config(argument: str = ""):
     config.model = ConfigDict(dataclasses.asdict(preset("kimi-linear-48b-a3b", args.residual, block_size)))
     config.model.remat = "full"
     config.data.update(sequence_length=4096, batch_size=2048)
-    config.training.update(steps=119_209, log_every=10, eval_every=1000, checkpoint_every=1000)
+    config.training.update(steps=119_209, accumulation=32, log_every=10, eval_every=1000, checkpoint_every=1000)
+    config.mesh.update(fsdp=8, expert=8)  # 64 devices, a sequence on each
     config.optimizer.update(learning_rate=1.1e-3, final_learning_rate=1.1e-4, warmup_steps=2000)
     return config

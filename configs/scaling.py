@@ -2,8 +2,9 @@
 
 Command:  python train.py --config=configs/scaling.py:size=194m,residual=block --workdir=runs/scaling/194m_block
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: not tried. Where the parameters lie on 16 devices, and what they and AdamW's moments take:
-          python -m attnres_jax.parallel.show --config=configs/scaling.py:size=528m --config.mesh.fsdp=16 --devices=16
+Hardware: not tried. Planned for 8 chips of TPU v5p (v5p-16), a sequence on each at a time:
+          python -m attnres_jax.parallel.plan --config=configs/scaling.py:size=528m --topology=v5p:2x2x2
+            (benchmarks/results/plans-tpu.md)
 Time:     not measured; the smallest size is 6 * 194e6 * 38.7e9 = 4.5e19 operations
 Expected: the paper's losses, on its own data, stand beside the sizes below; no run has been made here
 
@@ -56,7 +57,9 @@ def get_config(argument: str = ""):
     model.depth.rule = args.residual
     model.depth.block_size = sublayers_in_block(args.block_size, args.layers_per_block, default_block_size(layers))
     data.update(sequence_length=8192, batch_size=batch)
+    config.mesh.fsdp = 8
     training.steps = round(tokens / (batch * 8192))
+    training.accumulation = batch // 8  # a sequence on each of 8 devices
     training.update(log_every=10, eval_every=500, checkpoint_every=500)
     optimizer.update(learning_rate=learning_rate, final_learning_rate=learning_rate / 10)
     optimizer.warmup_steps = training.steps // 50

@@ -151,7 +151,7 @@ def depth_scan(
                 rule, slots, place = rules[index], at[0], Place(*at[1:], len(segment.kinds))
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
-                block = _block(rule, segment.kinds, call, place, context, remat if save else "none")
+                block = _block(rule, segment, call, place, context, remat if save else "none")
                 if save:
                     (stream, new, report), pullback = jax.vjp(block, sites, stream, view, parameters)
                     structures[index], kept = _strip(pullback, (sites, view, parameters, context, new))
@@ -226,8 +226,10 @@ def kept_in_bank(source: Array) -> Array:
     return checkpoint_name(source, "bank")
 
 
-def _block(rule, kinds, call, place, context, remat):
+def _block(rule, segment, call, place, context, remat):
     """One block as a function of everything that it is differentiated in."""
+    # XLA takes a loop of a single turn apart, and then would find the forward pass in the recomputation and keep it.
+    alone = len(segment.slots) == 1
 
     def block(sites, stream, view, parameters):
         reports = []
@@ -240,12 +242,12 @@ def _block(rule, kinds, call, place, context, remat):
 
             return apply
 
-        sublayers = [sublayer(kind, own) for kind, own in zip(kinds, parameters, strict=True)]
+        sublayers = [sublayer(kind, own) for kind, own in zip(segment.kinds, parameters, strict=True)]
         stream, new = rule.block(sites, stream, view, place, sublayers)
         return stream, new, tuple(reports)
 
     policy = REMAT_POLICIES[remat]
-    return block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=False)
+    return block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=alone)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ import pytest
 from flax import nnx
 
 from attnres_jax.config import Config, DepthConfig, ModelConfig
-from attnres_jax.depth import depth_attention, inter_block, normalise
+from attnres_jax.depth import Options, Segment, depth_attention, depth_scan, inter_block, make_rule, normalise
 from attnres_jax.depth.bank import WholeBank
 from attnres_jax.depth.block import Block
 from attnres_jax.models import Decoder
@@ -151,3 +151,24 @@ def test_a_bfloat16_bank_is_never_float32(remat):
 
 def test_a_float32_bank_would_be_seen():
     assert ("f32", SLOTS) in set(activations(lowered_step(RestackedDecoder, "bfloat16", "full").as_text()))
+
+
+@pytest.mark.parametrize("rule", ["residual", "block"])
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_block_is_computed_again_even_if_it_is_the_only_one_of_its_kind(rule, blocks):
+    """XLA takes a loop of one turn apart, where it could merge the recomputation with the forward pass."""
+    rule = make_rule(rule, 2, 1e-6, Options())
+    segment = Segment(("mlp", "mlp"), np.arange(2 * blocks).reshape(blocks, 2))
+    sublayer = lambda kind, own, h, context: (jnp.tanh(jnp.tanh(h @ own) @ own), ())  # noqa: E731
+    stacks, sites = {"mlp": jnp.ones((2 * blocks, WIDTH, WIDTH))}, rule.init_sites(2 * blocks, WIDTH)
+
+    def products(remat: str) -> int:
+        def loss(stacks, x):
+            stream, bank = rule.begin(sites, x)
+            stream, bank, _ = depth_scan(rule, (segment,), sublayer, stacks, sites, stream, bank, remat=remat)
+            return jnp.sum(jnp.square(rule.readout(sites, stream, bank)))
+
+        lowered = jax.jit(jax.grad(loss, (0, 1))).lower(stacks, jnp.ones((BATCH, TOKENS, WIDTH)))
+        return lowered.compile(compiler_options=OPTIMISED).as_text().count(" dot(")
+
+    assert products("full") >= products("none") + 2

@@ -164,8 +164,8 @@ def test_every_large_parameter_is_split(path):
 def test_kimi_linear_over_many_devices():
     """48B parameters on 256 devices: a 256th each, but for norms and what is of the depth rule."""
     config = load_config(str(ROOT / "configs/kimi_linear_48b.py"))
-    data = dataclasses.replace(config.data, batch_size=256)
-    config = dataclasses.replace(config, data=data, mesh=MeshConfig(fsdp=8, expert=16, tensor=2))
+    data, training = dataclasses.replace(config.data, batch_size=256), TrainingConfig()
+    config = dataclasses.replace(config, data=data, training=training, mesh=MeshConfig(fsdp=8, expert=16, tensor=2))
     mesh = abstract_mesh(config, 256)
     model = with_shardings(mesh, jax.eval_shape(lambda: Decoder(config.model, rngs=nnx.Rngs(0))))
     whole = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(model))
