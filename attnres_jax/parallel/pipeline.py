@@ -37,7 +37,7 @@ from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule, places
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
 from attnres_jax.parallel.transport import patterns, send, windows
-from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose
+from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose, over_stages
 
 AXIS = "stage"
 WHOLE = -1
@@ -178,6 +178,7 @@ class _Engine:
         opened = self.h if any(chunk.opened for chunk in self.chunks) else None
         self.begins, self.stream = begun is not None, begun if begun is not None else opened
         self.plan = make_plan(schedule, self.chunks, transport, self.begins)
+        self.most_appended = max(chunk.appended for chunk in self.chunks)
         self.width = int(np.max(self.plan.spans[:, 1] - self.plan.spans[:, 0]))
         by_structure = {chunk.structure: chunk for chunk in reversed(self.chunks)}
         self.structures = [by_structure[i] for i in range(len(by_structure))]
@@ -229,32 +230,32 @@ class _Engine:
         # A microbatch begins: its embedding, on every stage.
         look = lambda: look_up(embedding, of("inputs", row["embed.micro"]), AXIS)  # noqa: E731
         embedded = jax.lax.cond(row["embed.micro"] != IDLE, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-        place, started = jnp.maximum(row["embed.bank"], 0), row["embed.bank"] != IDLE
-        embedded = jnp.where(started, embedded, bank[place, 0])
-        bank = jax.lax.dynamic_update_slice(bank, embedded[None, None], (place, *[0] * (bank.ndim - 1)))
+        bank = _write(bank, row["embed.bank"], (0, 1), embedded[None])
 
         # Forward, of what has come from the stage before.
         chunk, micro, place = row["forward.chunk"], row["forward.micro"], row["forward.bank"]
+        bank = _write(bank, place, self.span(chunk), slots)
         streams = jax.tree.map(lambda store, x: _replace(store, row["forward.stream"], x), streams, stream)
 
         def forward(structure: Chunk) -> Any:
             context, at = self.context(batch, micro), self.of_chunk(chunk)
             run = self.chunk(structure, at, context, "none")
-            values = _put(_at(bank, place), self.span(chunk), slots)
+            values = _at(bank, place)
             values, onward, h, reports = run(self.own(stacks, chunk), sites, final_norm, values, stream)
             leaving = _take(values, self.span(chunk + 1), self.width)
-            return values, leaving, onward, h, self.weighted(structure, reports)
+            new = _take(values, self.appended(chunk), self.most_appended)
+            return new, leaving, onward, h, self.weighted(structure, reports)
 
         work = [partial(forward, structure) for structure in self.structures]
-        values, slots, stream, h, router = self.work(row["forward.work"], work)
-        bank = _replace(bank, place, values)
+        new, slots, stream, h, router = self.work(row["forward.work"], work)
+        bank = _write(bank, place, self.appended(chunk), new)
         if router is not None:
             sums["router"] = self.add(sums["router"], router, chunk)
 
         # A microbatch turns round: its loss, on every stage.
         def turn() -> Any:
             weights, targets = of("weights", row["head.micro"]), of("targets", row["head.micro"])
-            h_whole = jax.lax.psum(jnp.where(chunk == last, h, 0), AXIS)
+            h_whole = over_stages(jnp.where(chunk == last, h, 0), AXIS)
             result = head(table, h_whole, targets, weights / total_weight, self.training.z_loss, AXIS)
             terms = result.nll, jnp.square(result.log_z), token_bytes[targets]
             return [jnp.sum(weights * term) for term in terms], _hidden(result.h_bar), result.table_bar
@@ -296,7 +297,7 @@ class _Engine:
 
         # A microbatch ends: its embedding's gradient, on every stage.
         def end() -> Any:
-            bar = jax.lax.psum(_at(bars, row["end.bars"])[0], AXIS)
+            bar = over_stages(_at(bars, row["end.bars"])[0], AXIS)
             return look_up_transpose(embedding, of("inputs", row["end.micro"]), bar, AXIS)
 
         zeros = lambda: at_rest(jax.tree.map(jnp.zeros_like, embedding))  # noqa: E731
@@ -385,6 +386,12 @@ class _Engine:
         first, last = jnp.asarray(self.plan.spans)[jnp.where(known, chunk, 0)]
         return first, last
 
+    def appended(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
+        """The slots that a chunk completes, from the first to before the last."""
+        table = np.array([(c.num_valid, c.num_valid + c.appended) for c in self.chunks], np.int32)
+        first, last = jnp.asarray(table)[chunk]
+        return first, last
+
     # Routers.
 
     def router_sums(self, turns: int) -> RouterReport | None:
@@ -437,11 +444,9 @@ class _Engine:
         where = origins(self.chunks, self.schedule.stages, kind)
 
         def put(x: Array, axis: int) -> Array:
-            whole = axis == WHOLE
-            every = (
-                jax.lax.all_gather(x, AXIS, tiled=True) if whole else jax.lax.all_to_all(x, AXIS, axis, 0, tiled=True)
-            )
-            return every[where]
+            if axis == WHOLE:
+                return jax.lax.all_gather(x, AXIS, tiled=True)[where]
+            return jax.lax.all_to_all(x, AXIS, axis, 0, tiled=True)[where]
 
         return jax.tree.map(put, bars, axes)
 
@@ -464,8 +469,23 @@ def _replace(store: Array, place: Int[Array, ""], value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, _at(store, place)), place, 0)
 
 
+def _write(store: Array, place: Int[Array, ""], slots: tuple[Any, Any], new: Array) -> Array:
+    """`store` with those slots of a place replaced, from the first to before the last, unless it is `IDLE`.
+
+    A loop, which XLA runs in place.
+    """
+    if not len(new):
+        return store
+
+    def put(i: Int[Array, ""], store: Array) -> Array:
+        where = place, slots[0] + i, *[0] * (new.ndim - 1)
+        return jax.lax.dynamic_update_slice(store, _at(new, i)[None, None], where)
+
+    return jax.lax.fori_loop(0, jnp.where(place == IDLE, 0, slots[1] - slots[0]), put, store)
+
+
 def _put(values: Array, slots: tuple[Any, Any], new: Array) -> Array:
-    """`values` with those slots replaced, from the first to before the last. A loop, which XLA runs in place."""
+    """`values` with those slots replaced, from the first to before the last; a loop too."""
     if not len(new):
         return values
     put = lambda i, values: jax.lax.dynamic_update_index_in_dim(values, _at(new, i), slots[0] + i, 0)  # noqa: E731

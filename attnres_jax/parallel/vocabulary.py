@@ -28,7 +28,7 @@ class HeadResult(NamedTuple):
 def look_up(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> Float[Array, "B T D"]:
     """The tokens' embeddings, whole on every stage."""
     own, is_own = _own(table, tokens, axis)
-    return jax.lax.psum(jnp.where(is_own[..., None], table(own), 0), axis)
+    return over_stages(jnp.where(is_own[..., None], table(own), 0), axis)
 
 
 def look_up_transpose(
@@ -38,6 +38,11 @@ def look_up_transpose(
     own, is_own = _own(table, tokens, axis)
     _, pullback = jax.vjp(lambda table: table(own), table)
     return at_rest(pullback(jnp.where(is_own[..., None], embedding_bar, 0))[0])
+
+
+def over_stages(x: Float[Array, "*batch D"], axis: str) -> Float[Array, "*batch D"]:
+    """The sum over all stages, in float32: of bfloat16 XLA on CPU cannot compile it inside `shard_map`."""
+    return jax.lax.psum(x.astype(jnp.promote_types(x.dtype, jnp.float32)), axis).astype(x.dtype)
 
 
 def at_rest(table: Embedding) -> Embedding:
@@ -73,7 +78,7 @@ def head(
     softmax = jnp.exp(logits - log_z[..., None])
     logits_bar = scale[..., None] * ((1 + 2 * z_loss * log_z)[..., None] * softmax - hit)
     table_bar, h_bar = pullback(logits_bar)
-    h_bar = jax.lax.psum(h_bar.astype(jnp.float32), axis).astype(h.dtype)
+    h_bar = over_stages(h_bar, axis)
     return HeadResult(nll, log_z, h_bar, at_rest(table_bar))
 
 

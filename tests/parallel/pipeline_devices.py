@@ -50,12 +50,13 @@ class Case:
     virtual: int = 1
     transport: str = "cached"
     mesh: tuple[tuple[str, int], ...] = ()
+    dtype: str = "float32"
 
     def __str__(self):
         axes = "".join(f"-{axis}{size}" for axis, size in self.mesh)
         return (
             f"{self.kind}-{self.rule}-{self.layers}x{self.block_size}-{self.schedule}-{self.transport}-"
-            f"P{self.stages}V{self.virtual}M{self.micros}{axes}"
+            f"P{self.stages}V{self.virtual}M{self.micros}{axes}-{self.dtype}"
         )
 
     @property
@@ -71,6 +72,7 @@ class Case:
             head_dim=8,
             mlp_width=32,
             max_length=T,
+            dtype=self.dtype,
             remat="full",
             depth=DepthConfig(rule=self.rule, block_size=self.block_size),
             kda=KDAConfig(head_dim=8),
@@ -148,10 +150,12 @@ def check(case):
     program, arguments = compiled(config, bubble=jnp.nan)
     got, sums = program(*arguments)
     errors = {name: relative(leaf, named_leaves(want)[name]) for name, leaf in named_leaves(got).items()}
-    assert max(errors.values()) < TOLERANCE[case.kind], max(errors.items(), key=lambda item: item[1])
+    exact = case.dtype == "float32"
+    tolerance = TOLERANCE[case.kind] if exact else 0.1
+    assert max(errors.values()) < tolerance, max(errors.items(), key=lambda item: item[1])
     assert set(sums) == set(want_sums)
     for part, other in zip(jax.tree.leaves(sums), jax.tree.leaves(want_sums), strict=True):
-        np.testing.assert_allclose(part, other, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(part, other, rtol=1e-5 if exact else 1e-2, atol=1e-6)
     if case.rule in ("block", "full"):  # the first site has a single source
         assert not np.asarray(got.sites.query[0]).any()
 
@@ -167,6 +171,8 @@ FAST = [
     Case("dense", "block", 8, 8, "1f1b", 4, 6),
     # Routers report, experts are spread.
     Case("moe", "block", 4, 2, "1f1b", 2, 2, transport="naive", mesh=(("expert", 2),)),
+    # What bfloat16 allows, and XLA on CPU to be compiled at all.
+    Case("dense", "block", 2, 2, "1f1b", 2, 2, mesh=(("tensor", 2),), dtype="bfloat16"),
     # Stages whose layers are of different kinds.
     Case("kimi", "block", 3, 2, "1f1b", 2, 2),
 ]
