@@ -12,7 +12,7 @@ demo: $(VENV)/.core
 
 ## Set up, lint, check import contracts, run all tests but the slow ones.
 test: lint
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not parity"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not parity"
 
 ## The tests that take minutes each, those of the TPU compiler included (installs libtpu into the same environment).
 test-slow: $(VENV)/.tpu
