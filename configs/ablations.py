@@ -4,7 +4,7 @@ Command:  for v in $(python configs/ablations.py); do
             python train.py --config=configs/ablations.py:variant=$v --workdir=runs/ablations/$v; done
           python compare.py runs/ablations/* --report=runs/ablations/report.html
 Hardware: two CPU cores
-Time:     3 minutes a variant (twice the layers of configs/tiny.py), 50 minutes for all
+Time:     100 minutes for all, at the lowest priority beside other work; 3 minutes the baseline by itself
 Expected: baseline 5.868, block 5.688, full 5.713 (one seed); all of them in benchmarks/results/ablations-cpu.md. The
           paper's losses stand beside the variants below
 """

@@ -9,6 +9,8 @@ from typing import Any
 from attnres_jax.config.schema import (
     ATTENTION_KINDS,
     MLP_KINDS,
+    SCHEDULES,
+    TRANSPORTS,
     Config,
     MeshConfig,
     ModelConfig,
@@ -50,6 +52,9 @@ def validate(config: Config) -> None:
     if not 0 <= training.router_bias_until <= 1:
         raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")
     _validate_mesh(config.mesh)
+    _one_of("pipeline.schedule", config.pipeline.schedule, SCHEDULES)
+    _one_of("pipeline.transport", config.pipeline.transport, TRANSPORTS)
+    _positive("pipeline", config.pipeline, "virtual_stages")
     if not 1 <= data.heldout_percent <= 50:
         raise ConfigError(f"data.heldout_percent={data.heldout_percent} must be from 1 to 50")
     if data.source == "text" and not data.files:

@@ -294,6 +294,8 @@ def kda_heads(model: ModelConfig) -> int:
     return model.kda.num_heads or model.num_heads
 
 
+SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+TRANSPORTS = ("cached", "naive")
 ATTENTION_KINDS = ("gqa", "mla", "kda")
 MLP_KINDS = ("swiglu", "moe")
 

@@ -17,7 +17,7 @@ from attnres_jax.depth.options import DEFAULTS, Options, check
 from attnres_jax.depth.residual import Residual
 from attnres_jax.depth.rezero import ReZero
 from attnres_jax.depth.rms_block import RMSBlock
-from attnres_jax.depth.scan import REMAT_POLICIES, Place, Rule, Segment, depth_scan
+from attnres_jax.depth.scan import REMAT_POLICIES, Place, Rule, Segment, depth_scan, num_appended
 from attnres_jax.depth.sites import Sites
 
 RULES = {
@@ -78,4 +78,5 @@ __all__ = [
     "make_rule",
     "merge",
     "normalise",
+    "num_appended",
 ]

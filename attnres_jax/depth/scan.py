@@ -129,12 +129,10 @@ def depth_scan(
     ]
     if len(set(used)) < len(used):
         raise ValueError(f"a sublayer's parameters are used twice: {max(used, key=used.count)}; give each its own slot")
-    rules = [rule if segment.closed and not segment.opened else rule.part(segment) for segment in segments]
+    rules = [rule.part(segment) for segment in segments]
     appended = [part.num_appended(len(segment.kinds)) for part, segment in zip(rules, segments, strict=True)]
     start = (0, _length(bank)) if at is None else (0, 0)
-    capacity = _length(bank) + sum(
-        segment.slots.shape[0] * slots for segment, slots in zip(segments, appended, strict=True) if at is None
-    )
+    capacity = _length(bank) + (num_appended(rule, segments) if at is None else 0)
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
 
     def forward(stacks, sites, stream, bank, where, save):
@@ -219,6 +217,11 @@ def depth_scan(
     bank_in = bank
     run.defvjp(run_forward, run_backward)
     return run(stacks, sites, stream, bank, (context, at))
+
+
+def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
+    """How many slots all blocks of the segments append."""
+    return sum(len(segment.slots) * rule.part(segment).num_appended(len(segment.kinds)) for segment in segments)
 
 
 def kept_in_bank(source: Array) -> Array:

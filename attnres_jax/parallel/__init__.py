@@ -9,7 +9,7 @@ from attnres_jax.parallel.mesh import (
     mesh_that_fits,
     one_device_mesh,
 )
-from attnres_jax.parallel.pipeline import pipeline_gradients, pipeline_ticks
+from attnres_jax.parallel.pipeline import pipeline_gradients
 from attnres_jax.parallel.sharding import (
     TABLE,
     batch_sharding,
@@ -19,6 +19,7 @@ from attnres_jax.parallel.sharding import (
     use_mesh,
     with_shardings,
 )
+from attnres_jax.parallel.ticks import pipeline_ticks
 from attnres_jax.parallel.transport import cached_transmissions, naive_transmissions
 
 __all__ = [

@@ -90,7 +90,8 @@ def lower_step(config: Config, mesh: Mesh) -> Any:
     with use_mesh(mesh):
         state = abstract_state(config, mesh)
         schedule = learning_rate_schedule(config.optimizer, config.training.steps)
-        step = make_train_step(config.training, make_optimizer(config.optimizer, schedule), schedule, state)
+        optimizer = make_optimizer(config.optimizer, schedule)
+        step = make_train_step(config.training, optimizer, schedule, state, config.pipeline)
         token_bytes = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32, sharding=replicated(mesh))
         return step.lower(state, batch_shapes(config.data, mesh), token_bytes)
 

@@ -16,7 +16,6 @@ is done, so that memory does not grow with the number of microbatches.
 Everything is exact: the gradients are those of `jax.grad` over the same microbatches up to the order of sums.
 """
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -28,15 +27,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, PyTree
 
 from attnres_jax.axes import HIDDEN, constrain
-from attnres_jax.config import Config, PipelineConfig, TrainingConfig
+from attnres_jax.config import PipelineConfig, TrainingConfig
 from attnres_jax.depth import depth_scan
 from attnres_jax.layers import RouterReport
 from attnres_jax.layers.router import weigh
-from attnres_jax.models import Decoder, call_sublayer, parameter_name, plan_of, reports_in_order, rule_of
-from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule, places, rows_of
+from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_in_order
+from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
-from attnres_jax.parallel.transport import patterns, send, windows
+from attnres_jax.parallel.ticks import make_ticks
+from attnres_jax.parallel.transport import send
 from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose, over_stages
 
 AXIS = "stage"
@@ -86,75 +86,6 @@ def pipeline_gradients(
     return run(model, split, token_bytes, total_weight)
 
 
-def pipeline_ticks(config: Config, *, backward: bool) -> tuple[np.ndarray, np.ndarray]:
-    """For each tick the chunk [ticks, P] that every stage runs, and which of the patterns of sends [ticks] follows."""
-    stages, pipeline = config.mesh.stage, config.pipeline
-    schedule = make_schedule(pipeline.schedule, stages, pipeline.virtual_stages, config.training.accumulation)
-    rule, plan, width = rule_of(config.model), plan_of(config.model), config.model.width
-    stream, _ = jax.eval_shape(lambda: rule.begin(rule.init_sites(len(plan), width), jnp.zeros((1, 1, width))))
-    chunks = cut_chunks(plan, rule, schedule.chunks)
-    plan = make_plan(schedule, chunks, pipeline.transport, stream is not None)
-    name = "backward" if backward else "forward"
-    return plan.ticks[f"{name}.chunk"], plan.ticks[f"{name}.send"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Plan:
-    """A schedule of chunks as the scan reads it: constants by chunk, and rows by tick.
-
-    `ticks` holds arrays [ticks, P] of what each stage does and arrays [ticks] of what all do together; `sizes` how many
-    places each store needs; `sends` the patterns of both directions.
-    """
-
-    chunks: Sequence[Chunk]
-    spans: np.ndarray
-    ticks: dict[str, np.ndarray]
-    sizes: dict[str, int]
-    sends: dict[bool, Any]
-
-
-def make_plan(schedule: Schedule, chunks: Sequence[Chunk], transport: str, has_stream: bool) -> _Plan:
-    """Where in the stores everything is kept, and when what is sent."""
-    stages, count, micros = schedule.stages, schedule.chunks, schedule.microbatches
-    forward, backward = schedule.times(schedule.forward), schedule.times(schedule.backward)
-    spans = windows(chunks, stages, transport)
-    streams = [has_stream or chunk.opened for chunk in chunks]
-    begins, turned = forward[:, 0].tolist(), forward[:, -1].tolist()
-    returned, ends = backward[:, -1].tolist(), backward[:, 0].tolist()
-    bank = places(list(zip(begins, ends, strict=True)))
-    bars = places(list(zip(returned, ends, strict=True)))
-    h_bars = places(list(zip(turned, returned, strict=True)))
-    kept = np.zeros((micros, count), np.int32)
-    for stage in range(stages):
-        units = [(m, c) for m in range(micros) for c in range(stage, count, stages)]
-        for unit, place in zip(units, places([(int(forward[u]), int(backward[u])) for u in units]), strict=True):
-            kept[unit] = place
-
-    def by_stage(table: np.ndarray, value: Callable[[int, int], int]) -> np.ndarray:
-        where = np.argwhere(table[..., 0] != IDLE)
-        return rows_of((((t, r), value(*table[t, r])) for t, r in where), (schedule.ticks, stages))
-
-    def by_tick(times: Sequence[int], value: Callable[[int], int]) -> np.ndarray:
-        return rows_of((((tick,), value(m)) for m, tick in enumerate(times)), (schedule.ticks,))
-
-    ticks, sends = {}, {}
-    for name, table in (("forward", schedule.forward), ("backward", schedule.backward)):
-        ticks[f"{name}.micro"] = by_stage(table, lambda m, c: m)
-        ticks[f"{name}.chunk"] = by_stage(table, lambda m, c: c)
-        ticks[f"{name}.work"] = by_stage(table, lambda m, c: chunks[c].structure)
-        ticks[f"{name}.bank"] = by_stage(table, lambda m, c: bank[m])
-        ticks[f"{name}.stream"] = by_stage(table, lambda m, c: kept[m, c])
-        options, ticks[f"{name}.send"] = patterns(schedule, spans, streams, backward=name == "backward")
-        sends[name == "backward"] = options
-    ticks["backward.bars"] = by_stage(schedule.backward, lambda m, c: bars[m])
-    ticks["backward.h_bar"] = by_stage(schedule.backward, lambda m, c: h_bars[m])
-    ticks["embed.micro"], ticks["embed.bank"] = by_tick(begins, lambda m: m), by_tick(begins, lambda m: bank[m])
-    ticks["head.micro"], ticks["head.h_bar"] = by_tick(turned, lambda m: m), by_tick(turned, lambda m: h_bars[m])
-    ticks["end.micro"], ticks["end.bars"] = by_tick(ends, lambda m: m), by_tick(ends, lambda m: bars[m])
-    stores = {"bank": bank, "bars": bars, "h_bars": h_bars, "streams": kept.ravel().tolist()}
-    return _Plan(chunks, spans, ticks, {name: max(used) + 1 for name, used in stores.items()}, sends)
-
-
 class _Engine:
     """The scan over ticks on one stage, inside `shard_map`."""
 
@@ -177,9 +108,9 @@ class _Engine:
         self.slots = 1 if bank is None else self.chunks[-1].num_valid + self.chunks[-1].appended
         opened = self.h if any(chunk.opened for chunk in self.chunks) else None
         self.begins, self.stream = begun is not None, begun if begun is not None else opened
-        self.plan = make_plan(schedule, self.chunks, transport, self.begins)
+        self.ticks = make_ticks(schedule, self.chunks, transport, has_stream=self.begins)
         self.most_appended = max(chunk.appended for chunk in self.chunks)
-        self.width = int(np.max(self.plan.spans[:, 1] - self.plan.spans[:, 0]))
+        self.width = int(np.max(self.ticks.spans[:, 1] - self.ticks.spans[:, 0]))
         by_structure = {chunk.structure: chunk for chunk in reversed(self.chunks)}
         self.structures = [by_structure[i] for i in range(len(by_structure))]
         self.counts = {kind: max(len(chunk.stacks.get(kind, ())) for chunk in self.chunks) for kind in model.sublayers}
@@ -190,17 +121,17 @@ class _Engine:
         stacks = {kind: self.fetch(kind, model.sublayers[kind], self.axes[kind]) for kind in model.sublayers}
         zeros = partial(jax.tree.map, jnp.zeros_like)
         stores = {
-            "bank": self.store(self.plan.sizes["bank"], self.slots, like=self.h),
-            "bars": self.store(self.plan.sizes["bars"], self.slots, like=self.h),
-            "h_bars": self.store(self.plan.sizes["h_bars"], like=self.h),
-            "streams": self.store(self.plan.sizes["streams"], like=self.stream),
+            "bank": self.store(self.ticks.sizes["bank"], self.slots, like=self.h),
+            "bars": self.store(self.ticks.sizes["bars"], self.slots, like=self.h),
+            "h_bars": self.store(self.ticks.sizes["h_bars"], like=self.h),
+            "streams": self.store(self.ticks.sizes["streams"], like=self.stream),
         }
         inbox = self.store(self.width, like=self.h), self.store(like=self.stream)
         router = self.router_sums(self.schedule.virtual)
         sums = dict.fromkeys(("nll", "log_z_squared", "bytes"), jnp.float32(0)) | {"router": router}
         carry = stores, inbox, inbox, (zeros(stacks), zeros(held)), sums
         tick = partial(self.tick, stacks, held, batch, token_bytes, total_weight)
-        *_, (stacks_bar, held_bar), sums = jax.lax.scan(tick, carry, self.plan.ticks)[0]
+        *_, (stacks_bar, held_bar), sums = jax.lax.scan(tick, carry, self.ticks.rows)[0]
 
         gradients = jax.tree.map(lambda x: x, model)
         for kind, bar in stacks_bar.items():
@@ -304,7 +235,7 @@ class _Engine:
         bar = jax.lax.cond(row["end.micro"] != IDLE, end, zeros)
         embedding_bar = jax.tree.map(jnp.add, embedding_bar, bar)
 
-        ahead, back = self.plan.sends[False], self.plan.sends[True]
+        ahead, back = self.ticks.sends[False], self.ticks.sends[True]
         inbox = send(ahead, row["forward.send"], slots, stream, axis=AXIS, backward=False)
         inbox_bar = send(back, row["backward.send"], slots_bar, stream_bar, axis=AXIS, backward=True)
         stores = {"bank": bank, "bars": bars, "h_bars": h_bars, "streams": streams}
@@ -383,7 +314,7 @@ class _Engine:
     def span(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """The slots that the hop into a chunk carries, from the first to before the last."""
         known = (chunk > 0) & (chunk < len(self.chunks))
-        first, last = jnp.asarray(self.plan.spans)[jnp.where(known, chunk, 0)]
+        first, last = jnp.asarray(self.ticks.spans)[jnp.where(known, chunk, 0)]
         return first, last
 
     def appended(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:

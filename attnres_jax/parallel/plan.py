@@ -35,6 +35,7 @@ from jax.sharding import Mesh, NamedSharding
 from attnres_jax.axes import HIDDEN, partition
 from attnres_jax.cli import launch
 from attnres_jax.config import Config, load_config
+from attnres_jax.depth import num_appended
 from attnres_jax.models.plan import cut
 from attnres_jax.parallel.ahead import Program, compile_step
 from attnres_jax.parallel.chips import Chip, slice_devices
@@ -45,6 +46,7 @@ from attnres_jax.training import TrainState, forward_flops_per_token, training_f
 from attnres_jax.training.checkpoints import abstract_state
 from attnres_jax.training.flops import peak_flops
 from attnres_jax.training.loss import objective
+from attnres_jax.training.step import BATCH_DTYPES
 
 RESERVE = 0.05
 """The share of a chip's memory that a step must leave: for its machine code, and for what the runtime keeps."""
@@ -159,9 +161,7 @@ def bank_bytes(model: Any, mesh: AnyMesh, rows: int, length: int) -> tuple[int, 
     leaves = jax.tree.leaves(bank)
     if not leaves:
         return 0, 0
-    sources = leaves[0].shape[0] + sum(
-        len(s.slots) * rule.num_appended(len(s.kinds)) for s in cut(model.plan(), rule.block_size)
-    )
+    sources = leaves[0].shape[0] + num_appended(rule, cut(model.plan(), rule.block_size))
     total = sum(sources * math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
     return sources, total // _parts_of_the_tokens(mesh, rows, length)
 
@@ -172,7 +172,7 @@ def saved_bytes(config: Config, model: Any) -> int:
     Parameters do not count. It is what the program asks for: the compiler may still compute some of it again.
     """
     shape = config.data.batch_size // config.training.accumulation, config.data.sequence_length
-    like = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in _BATCH.items()}
+    like = {key: jax.ShapeDtypeStruct(shape, dtype) for key, dtype in BATCH_DTYPES.items()}
     table = jax.ShapeDtypeStruct((config.model.vocab_size,), jnp.int32)
 
     def pullback(model: Any, batch: Any, token_bytes: Any) -> Any:
@@ -253,9 +253,6 @@ def main(arguments: list[str], overrides: list[str]) -> int:
     plans = [make_plan(config, topology, code=code) for config in configs]
     print(show(plans, configs[0], mesh, topology, chip))
     return 0 if plans[0].fits(chip) else 1
-
-
-_BATCH = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
 
 
 def _parts_of_the_tokens(mesh: AnyMesh, rows: int, length: int) -> int:

@@ -14,11 +14,12 @@ A stage that is idle in a tick skips it: with F and B the time of a chunk forwar
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+from attnres_jax.config.schema import SCHEDULES
+
 IDLE = -1
 
 
@@ -92,14 +93,6 @@ def places(intervals: Sequence[tuple[int, int]]) -> list[int]:
         free_at[place : place + 1] = [last]
         found[index] = place
     return found
-
-
-def rows_of(entries: Iterable[tuple[tuple[int, ...], int]], shape: tuple[int, ...]) -> np.ndarray:
-    """A table of `IDLE` with the given entries."""
-    table = np.full(shape, IDLE, np.int32)
-    for where, value in entries:
-        table[where] = value
-    return table
 
 
 def _table(times: np.ndarray, ticks: int, stages: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from attnres_jax.depth import Block, Rule, Segment
+from attnres_jax.depth import Block, Rule, Segment, num_appended
 from attnres_jax.models.plan import slots_of
 
 
@@ -70,8 +70,7 @@ def cut_chunks(plan: Sequence[str], rule: Rule, chunks: int) -> list[Chunk]:
                 blocks, key=lambda block: (tuple(kind for kind, _ in block[0]), *block[1:])
             )
         )
-        rules = [rule.part(segment) for segment in segments]
-        appended = sum(len(s.slots) * r.num_appended(len(s.kinds)) for s, r in zip(segments, rules, strict=True))
+        appended = num_appended(rule, segments)
         key = tuple((s.kinds, s.opened, s.closed, len(s.slots)) for s in segments)
         stacks: dict[str, list[int]] = {}
         for kind, slot in zip(plan[first:last], slots[first:last], strict=True):

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnres_jax.parallel.schedules import IDLE, Schedule
 from attnres_jax.parallel.stages import Chunk
 
-TRANSPORTS = ("cached", "naive")
 Pattern = tuple[tuple[int, bool], ...]
 """For each stage how many sources it sends in a tick, and whether its stream."""
 

@@ -54,9 +54,9 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0, out_shardings=places)
     def step(state: TrainState, batch: Batch, token_bytes: Any) -> tuple[TrainState, dict[str, Any]]:
         total_weight = jnp.maximum(jnp.sum(batch["weights"]), 1.0)
-        parts = state.model, batch, token_bytes, total_weight, config
+        inputs = state.model, batch, token_bytes, total_weight, config
         staged = jax.sharding.get_abstract_mesh().shape.get("stage", 1) > 1
-        gradients, sums = pipeline_gradients(*parts, pipeline) if staged else accumulate(*parts)
+        gradients, sums = pipeline_gradients(*inputs, pipeline) if staged else accumulate(*inputs)
         updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
         model = optax.apply_updates(state.model, updates)
         metrics = {
@@ -80,12 +80,15 @@ def make_train_step(
     return step
 
 
+BATCH_DTYPES = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
+"""Of the arrays [B, T] of a batch."""
+
+
 def batch_shapes(config: DataConfig, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of a batch on the mesh, over all processes."""
     shape = config.batch_size, config.sequence_length
-    dtypes = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), jnp.int32) | {"weights": jnp.float32}
     place = batch_sharding(mesh, shape)
-    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for key, dtype in dtypes.items()}
+    return {key: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for key, dtype in BATCH_DTYPES.items()}
 
 
 def accumulate(

@@ -13,9 +13,9 @@ import jax
 from attnres_jax.config import Config, flatten, read_config
 from attnres_jax.errors import UserError
 
-IRRELEVANT = ("data.cache_dir", "mesh.", "training.process_timeout")
+IRRELEVANT = ("data.cache_dir", "mesh.", "pipeline.", "training.process_timeout")
 """Keys, or the beginnings of keys, that may differ between the run's configuration and the one asked for: they change
-no number, the mesh none but by rounding. A run goes on on other devices than it was begun on."""
+no number, mesh and pipeline none but by rounding. A run goes on on other devices than it was begun on."""
 
 
 class WorkdirError(UserError):

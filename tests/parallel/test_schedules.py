@@ -7,9 +7,9 @@ import pytest
 
 from attnres_jax.depth import make_rule
 from attnres_jax.models.plan import slots_of
-from attnres_jax.parallel.pipeline import make_plan
 from attnres_jax.parallel.schedules import IDLE, make_schedule, places
 from attnres_jax.parallel.stages import cut_chunks, origins, rows
+from attnres_jax.parallel.ticks import make_ticks
 from attnres_jax.parallel.transport import cached_transmissions, naive_transmissions, windows
 
 CASES = [
@@ -97,11 +97,11 @@ def sent(stages, virtual, transport, rule, layers):
     chunks = cut_chunks(["gqa", "swiglu"] * layers, rule, stages * virtual)
     micros = 2 * stages
     schedule = make_schedule("1f1b" if virtual == 1 else "interleaved_1f1b", stages, virtual, micros)
-    plan = make_plan(schedule, chunks, transport, has_stream=False)
+    ticks = make_ticks(schedule, chunks, transport, has_stream=False)
     counts = []
     for backward, name in ((False, "forward"), (True, "backward")):
-        options = [sum(count for count, _ in pattern) for pattern in plan.sends[backward]]
-        counts.append(sum(options[which] for which in plan.ticks[f"{name}.send"]) / micros)
+        options = [sum(count for count, _ in pattern) for pattern in ticks.sends[backward]]
+        counts.append(sum(options[which] for which in ticks.rows[f"{name}.send"]) / micros)
     assert counts[0] == counts[1]
     return counts[0]
 
