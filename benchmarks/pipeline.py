@@ -50,6 +50,7 @@ from attnres_jax.parallel import (
     use_mesh,
     with_shardings,
 )
+from attnres_jax.parallel.collectives import called, parse, type_bytes
 from attnres_jax.training import retain_host_memory
 
 PARTS = flags.DEFINE_list("parts", ["transport", "memory", "bubble", "overhead"], "Which parts.")
@@ -81,9 +82,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
 def transport() -> list[tuple]:
     """Sources that a microbatch's hops carry: as the equations say, as the schedule sends, as the program is."""
     print("\nBlock representations sent a microbatch, one block a chunk; forward and backward read from the program")
-    print(
-        f"{'P':>3}{'V':>3}{'transport':>11}{'equation':>10}{'forward':>10}{'backward':>10}{'bytes at most a hop':>21}"
-    )
+    print(f"{'P':>3}{'V':>3}{'transport':>11}{'equation':>10}{'forward':>10}{'backward':>10}{'at most a hop':>21}")
     figures = []
     for stages, virtual in SHAPES:
         for name, equation in TRANSPORTS.items():
@@ -259,30 +258,20 @@ def hops(text: str, config: Config, way: str) -> dict[int, float]:
 
 def permutes(text: str, scope: str) -> list[list[tuple[int, int]]]:
     """For each branch of the conditional in that scope (device that sends, bytes) of what is sent in it."""
-    bodies, name = {}, ""
-    for line in text.splitlines():
-        start = re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        name = start[1] if start else name
-        bodies.setdefault(name, []).append(line)
-    lines = [line for line in text.splitlines() if " conditional(" in line and f"{scope}/" in line]
-    chosen = re.search(r"branch_computations=\{([^}]*)\}", lines[0]) if lines else None
+    computations, _ = parse(text)
+    inside = [i for instructions in computations.values() for i in instructions if f"{scope}/" in i.rest]
+    choices = [list(called(i)) for i in inside if i.opcode == "conditional"]
     # A single pattern leaves no choice: then what has the scope in its name.
-    names = [part.strip().lstrip("%") for part in chosen[1].split(",")] if chosen else [None]
+    branches = [computations[name] for name in choices[0]] if choices else [inside]
     return [
         [
-            (int(source), size(line))
-            for line in (bodies[name] if name else text.splitlines())
-            if " collective-permute(" in line and (name or f"{scope}/" in line)
-            for source in re.findall(r"\{(\d+),\d+\}", line.split("source_target_pairs=")[1].split("}}")[0] + "}")
+            (int(source), type_bytes(instruction.type))
+            for instruction in instructions
+            if instruction.opcode == "collective-permute"
+            for source in re.findall(r"\{(\d+),\d+\}", instruction.rest)
         ]
-        for name in names
+        for instructions in branches
     ]
-
-
-def size(line: str) -> int:
-    """Bytes of an operation's result."""
-    lengths = re.search(r"= f32\[([\d,]*)\]", line)[1]
-    return 4 * int(np.prod([int(n) for n in lengths.split(",")]))
 
 
 if __name__ == "__main__":

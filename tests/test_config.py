@@ -146,6 +146,17 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         (KIMI, ["model.experts=dense", "model.expert_exchange=routed"], "nearest: model.experts='auto'"),
         (KIMI, ["model.expert_capacity=-1.0"], "model.expert_capacity=-1.0"),
         (KIMI, ["training.router_bias_until=2"], "training.router_bias_until=2.0 must be from 0 to 1"),
+        (
+            TINY,
+            ["pipeline.transport=cache"],
+            "pipeline.transport='cache' is unknown; known: cached, naive; nearest: 'cached'",
+        ),
+        (
+            TINY,
+            ["pipeline.schedule=zigzag"],
+            "pipeline.schedule='zigzag' is unknown; known: gpipe, 1f1b, interleaved_1f1b",
+        ),
+        (TINY, ["pipeline.virtual_stages=0"], "pipeline.virtual_stages=0 must be positive"),
         (TINY, ["training.z_loss=-1"], "training.z_loss=-1.0 must not be negative"),
         (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
     ],

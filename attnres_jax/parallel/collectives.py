@@ -8,7 +8,7 @@ a permutation b. Everything in the body of a loop counts as often as the loop ru
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -82,7 +82,7 @@ def traffic(text: str, mesh: Mapping[str, int]) -> tuple[list[Traffic], int]:
                 total[0] += times[name]
                 total[1] += times[name] * sent_bytes(kind, operand, members)
     rows = [Traffic(kind, axes, count, sent) for (kind, axes), (count, sent) in sums.items()]
-    with_collectives = _reaching(computations, lambda i: i.opcode.removesuffix("-start") in KINDS)
+    with_collectives = reaching(computations, lambda i: i.opcode.removesuffix("-start") in KINDS)
     return sorted(rows, key=lambda row: -row.sent_bytes), sum(body in with_collectives for body in unknown)
 
 
@@ -132,11 +132,11 @@ def _executions(computations: Mapping[str, list[Instruction]], entry: str) -> tu
         for instruction in computations[name]:
             trips = 1
             if instruction.opcode == "while" and times.get(name):
-                called = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", instruction.rest))
-                trips = _trips(computations, instruction.rest, called["condition"])
-                unknown += [called["body"]] * (trips is None)
-            for called in _called(instruction):
-                times[called] = times.get(called, 0) + times.get(name, 0) * (trips or 1)
+                parts = dict(re.findall(r"\b(body|condition)=%?([\w.\-]+)", instruction.rest))
+                trips = _trips(computations, instruction.rest, parts["condition"])
+                unknown += [parts["body"]] * (trips is None)
+            for callee in called(instruction):
+                times[callee] = times.get(callee, 0) + times.get(name, 0) * (trips or 1)
     return times, unknown
 
 
@@ -148,14 +148,15 @@ def _trips(computations: Mapping[str, list[Instruction]], rest: str, condition: 
     bounds, below, open_ = [], False, [condition]
     while open_:
         for instruction in computations.get(open_.pop(), ()):
-            open_ += _called(instruction)
+            open_ += called(instruction)
             below |= instruction.opcode == "compare" and "direction=LT" in instruction.rest
             if instruction.opcode == "constant" and re.match(r"[su]32\[\]", instruction.type):
                 bounds.append(int(instruction.operands))
     return bounds[0] if below and len(bounds) == 1 else None
 
 
-def _called(instruction: Instruction) -> Iterator[str]:
+def called(instruction: Instruction) -> Iterator[str]:
+    """The computations that it calls; of a conditional the branches, in order."""
     if instruction.opcode in ("async-done", "async-update"):  # their start has run it
         return
     yield from _CALLED.findall(instruction.rest)
@@ -163,11 +164,11 @@ def _called(instruction: Instruction) -> Iterator[str]:
         yield from re.findall(r"[\w.\-]+", names)
 
 
-def _reaching(computations, found) -> set[str]:
+def reaching(computations: Mapping[str, list[Instruction]], found: Callable[[Instruction], bool]) -> set[str]:
     """The computations that have such an instruction, or call one that has."""
     names: set[str] = set()
     for name, instructions in computations.items():
-        if any(found(instruction) or not names.isdisjoint(_called(instruction)) for instruction in instructions):
+        if any(found(instruction) or not names.isdisjoint(called(instruction)) for instruction in instructions):
             names.add(name)
     return names
 

@@ -75,21 +75,21 @@ def mesh_of(model, **sizes):
     return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def drawn(model):
+def drawn(model, noise=0.3):
     """With queries that are not zero: at zero, a site's logits do not depend on its key scale."""
     drawn = Decoder(model, rngs=nnx.Rngs(0))
-    drawn.sites = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(jax.random.key(7), x.shape), drawn.sites)
+    drawn.sites = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(7), x.shape), drawn.sites)
     return drawn
 
 
-def make_batch():
+def make_batch(rows=B):
     """Two documents a row, padding in the first; weights that differ from token to token."""
     draw = np.random.default_rng(0)
-    tokens = draw.integers(0, V, (B, T + 1)).astype(np.int32)
-    segments = np.where(np.arange(T) < 7, 1, 2).astype(np.int32) * np.ones((B, 1), np.int32)
+    tokens = draw.integers(0, V, (rows, T + 1)).astype(np.int32)
+    segments = np.where(np.arange(T) < 7, 1, 2).astype(np.int32) * np.ones((rows, 1), np.int32)
     segments[0, 14:] = 0
-    positions = np.tile(np.concatenate([np.arange(7), np.arange(9)]), (B, 1)).astype(np.int32)
-    weights = (draw.random((B, T)) * (segments > 0)).astype(np.float32)
+    positions = np.tile(np.concatenate([np.arange(7), np.arange(9)]), (rows, 1)).astype(np.int32)
+    weights = (draw.random((rows, T)) * (segments > 0)).astype(np.float32)
     return {
         "inputs": tokens[:, :-1],
         "targets": tokens[:, 1:],

@@ -1,39 +1,26 @@
-"""Pipelines against one device, on simulated devices: run in a process of its own by `test_pipeline_stages.py`.
+"""Pipelines against one device, on simulated devices: run in a process of its own by `test_eight_devices.py`.
 
 By itself: JAX_NUM_CPU_DEVICES=8 python -m pytest tests/parallel/pipeline_devices.py [-m "slow or not slow"]
 """
 
 import dataclasses
-import re
 from functools import cache
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from eight_devices import TOLERANCE, T, V, drawn, make_batch, model_of, relative
 
-from attnres_jax.config import (
-    Config,
-    DataConfig,
-    DepthConfig,
-    KDAConfig,
-    MeshConfig,
-    MLAConfig,
-    ModelConfig,
-    MoEConfig,
-    PipelineConfig,
-    TrainingConfig,
-)
-from attnres_jax.models import Decoder, named_leaves
+from attnres_jax.config import Config, DataConfig, DepthConfig, MeshConfig, PipelineConfig, TrainingConfig
+from attnres_jax.models import named_leaves
 from attnres_jax.parallel import make_mesh, pipeline_gradients, put_batch, use_mesh, with_shardings
+from attnres_jax.parallel.ahead import lower_step
+from attnres_jax.parallel.collectives import called, parse, reaching
 from attnres_jax.training.step import accumulate
 
-T, V, D = 16, 64, 24
 TRAINING = TrainingConfig(z_loss=1e-3, router_z_loss=1e-3, router_balance_loss=1e-2)
-PLANS = {"dense": ("gqa", "swiglu"), "moe": ("gqa", "moe"), "kimi": ("kda,kda,mla", "swiglu,moe*")}
-# As in eight_devices.py, where it is said why.
-TOLERANCE = {"dense": 1e-5, "moe": 3e-5, "kimi": 2e-4}
+NOISE = 0.1  # in what depth rules start from
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,23 +48,12 @@ class Case:
 
     @property
     def config(self) -> Config:
-        attention, mlp = PLANS[self.kind]
-        model = ModelConfig(
-            attention_layers=attention,
-            mlp_layers=mlp,
-            vocab_size=V,
-            width=D,
+        model = dataclasses.replace(
+            model_of(self.kind, self.rule),
             num_layers=self.layers,
-            num_heads=4,
-            head_dim=8,
-            mlp_width=32,
-            max_length=T,
             dtype=self.dtype,
             remat="full",
             depth=DepthConfig(rule=self.rule, block_size=self.block_size),
-            kda=KDAConfig(head_dim=8),
-            mla=MLAConfig(latent_dim=12, nope_dim=8, rope_dim=4, value_dim=8),
-            moe=MoEConfig(num_experts=4, expert_width=8, num_groups=2, top_groups=2),
         )
         return Config(
             model=model,
@@ -88,31 +64,7 @@ class Case:
         )
 
 
-def make_batch(rows):
-    """Two documents a row, padding in the first row; weights that differ from token to token."""
-    draw = np.random.default_rng(0)
-    tokens = draw.integers(0, V, (rows, T + 1)).astype(np.int32)
-    segments = np.where(np.arange(T) < 7, 1, 2).astype(np.int32) * np.ones((rows, 1), np.int32)
-    segments[0, 14:] = 0
-    positions = np.tile(np.concatenate([np.arange(7), np.arange(9)]), (rows, 1)).astype(np.int32)
-    weights = (draw.random((rows, T)) * (segments > 0)).astype(np.float32)
-    return {
-        "inputs": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "segment_ids": segments,
-        "positions": positions,
-        "weights": weights,
-    }
-
-
-def drawn(model):
-    """With queries that are not zero, so that every part of the depth rule has a gradient."""
-    made = Decoder(model, rngs=nnx.Rngs(0))
-    made.sites = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), made.sites)
-    return made
-
-
-BYTES = jnp.arange(1.0, V + 1)
+TEXT_BYTES = jnp.arange(1.0, V + 1)
 
 
 @cache
@@ -120,7 +72,8 @@ def on_one_device(model, training):
     """(gradients, sums) of the microbatches one after the other."""
     batch = jax.tree.map(jnp.asarray, make_batch(2 * training.accumulation))
     total = jnp.float32(batch["weights"].sum())
-    return jax.jit(lambda made: accumulate(made, batch, BYTES, total, training))(jax.jit(lambda: drawn(model))())
+    run = jax.jit(lambda made: accumulate(made, batch, TEXT_BYTES, total, training))
+    return run(jax.jit(lambda: drawn(model, NOISE))())
 
 
 def compiled(config, bubble=0.0):
@@ -129,18 +82,13 @@ def compiled(config, bubble=0.0):
     total = jnp.float32(batch["weights"].sum())
     mesh = make_mesh(config, jax.devices()[: np.prod([max(1, size) for size in dataclasses.astuple(config.mesh)])])
     with use_mesh(mesh):
-        shapes = with_shardings(mesh, jax.eval_shape(lambda: drawn(config.model)))
+        shapes = with_shardings(mesh, jax.eval_shape(lambda: drawn(config.model, NOISE)))
         places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        arguments = jax.jit(lambda: drawn(config.model), out_shardings=places)(), put_batch(mesh, batch)
+        arguments = jax.jit(lambda: drawn(config.model, NOISE), out_shardings=places)(), put_batch(mesh, batch)
         run = lambda model, batch: pipeline_gradients(  # noqa: E731
-            model, batch, BYTES, total, config.training, config.pipeline, bubble=bubble
+            model, batch, TEXT_BYTES, total, config.training, config.pipeline, bubble=bubble
         )
         return jax.jit(run, out_shardings=(places, None)).lower(*arguments).compile(), arguments
-
-
-def relative(got, want):
-    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
-    return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9)
 
 
 def check(case):
@@ -213,6 +161,12 @@ def test_loss_and_gradients_of_more_of_them(case):
     check(case)
 
 
+def test_a_plan_is_of_the_pipeline_that_is_asked_for():
+    config = Case("dense", "block", 4, 2, "interleaved_1f1b", 2, 4, 2).config
+    text = lower_step(config, make_mesh(config, jax.devices()[:2])).as_text()
+    assert "tensor<12x2xi32>" in text  # what each of two stages does in M V + P V + P - 2 ticks
+
+
 def test_memory_does_not_grow_with_the_microbatches_and_idle_stages_multiply_nothing():
     cases = [Case("dense", "block", 4, 2, "1f1b", 2, micros) for micros in (4, 32)]
     programs = [compiled(case.config)[0] for case in cases]
@@ -220,29 +174,12 @@ def test_memory_does_not_grow_with_the_microbatches_and_idle_stages_multiply_not
     tokens = 5 * 28 * 2 * T * 4  # the batch itself: five numbers a token
     assert less - tokens < more < less + 2 * tokens
     # Of the two branches of a stage's work, the idle one has no product.
-    text = programs[0].as_text()
-    bodies = dict(re.findall(r"^%?([\w.\-]+) \([^\n]*\{\n(.*?)^\}", text, re.M | re.S))
-    work = []
-    for line in text.splitlines():
-        if " conditional(" in line and "branch_computations" in line:
-            names = [
-                name.strip().lstrip("%") for name in re.search(r"branch_computations=\{([^}]*)\}", line)[1].split(",")
-            ]
-            products = [reaches_product(bodies, name) for name in names]
-            if any(products) and len(names) == 2:
-                work.append(products)
-    assert work.count([False, True]) >= 2, work  # forward and backward
-
-
-def reaches_product(bodies, name):
-    """Whether a computation, or one that it calls, multiplies matrices."""
-    text = bodies.get(name, "")
-    if re.search(r" dot\(|__onednn\$matmul|custom_call_target=\"[^\"]*matmul", text):
-        return True
-    called = re.findall(r"(?:calls|to_apply|body|condition)=%?([\w.\-]+)", text)
-    called += [
-        n.strip().lstrip("%")
-        for found in re.findall(r"branch_computations=\{([^}]*)\}", text)
-        for n in found.split(",")
+    computations, _ = parse(programs[0].as_text())
+    products = reaching(computations, lambda i: i.opcode == "dot" or "matmul" in i.rest)
+    choices = [
+        [name in products for name in called(instruction)]
+        for instructions in computations.values()
+        for instruction in instructions
+        if instruction.opcode == "conditional"
     ]
-    return any(reaches_product(bodies, other) for other in called)
+    assert choices.count([False, True]) >= 2, choices  # forward and backward

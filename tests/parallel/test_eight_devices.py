@@ -7,12 +7,17 @@ from pathlib import Path
 
 import pytest
 
+SLOW = pytest.param("pipeline_devices.py", "slow", marks=pytest.mark.slow)
 
-@pytest.mark.parametrize("name", ["eight_devices.py", "expert_devices.py"])
-def test_on_eight_devices(name):
+
+@pytest.mark.parametrize(
+    "name, marks", [*((f"{name}_devices.py", "not slow") for name in ("eight", "expert", "pipeline")), SLOW]
+)
+def test_on_eight_devices(name, marks):
     tests = Path(__file__).with_name(name)
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(tests)]
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    command = [sys.executable, "-m", "pytest", "-q", *plugins, "-m", marks, str(tests)]
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     print(run.stdout[-20_000:], run.stderr[-5_000:])
     assert run.returncode == 0
