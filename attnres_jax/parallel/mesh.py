@@ -101,7 +101,7 @@ def asked_sizes(mesh: MeshConfig) -> Sizes:
 
 def problems(config: Config, sizes: Sizes) -> Iterator[str]:
     """What of the model and the batch the mesh does not divide, a line each."""
-    yield from _pipeline_problems(config, sizes["stage"])
+    yield from _pipeline_problems(config, sizes)
     for key, length in split_by_tensor(config).items():
         if length % sizes["tensor"]:
             yield f"mesh.tensor={sizes['tensor']} does not divide {key}={length}"
@@ -121,9 +121,13 @@ def problems(config: Config, sizes: Sizes) -> Iterator[str]:
         )
 
 
-def _pipeline_problems(config: Config, stages: int) -> Iterator[str]:
+def _pipeline_problems(config: Config, sizes: Sizes) -> Iterator[str]:
+    stages = sizes["stage"]
     if stages == 1:
         return
+    if sizes["context"] > 1 and "kda" in attention_kinds(config.model):
+        # XLA shifts their convolutions' input by a permutation among all devices, which stages at other work never join.
+        yield f"mesh.context={sizes['context']} does not go with kda layers in a pipeline, mesh.stage={stages}"
     model, pipeline, micro_batches = config.model, config.pipeline, config.training.accumulation
     try:
         make_schedule(pipeline.schedule, stages, pipeline.virtual_stages, micro_batches)
