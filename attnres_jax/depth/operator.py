@@ -209,6 +209,7 @@ def _mix_forward(values, weights, num_valid):
 
 def _mix_backward(saved, mixed_bar):
     values, weights, num_valid = saved
+    num_valid = jnp.asarray(num_valid)  # inside a condition a constant comes back as a NumPy scalar
     return *mix_transpose(values, weights, num_valid, list(mixed_bar), jnp.zeros_like(values)), None
 
 

@@ -129,7 +129,7 @@ KIMI = [
     for rule, transport in (("residual", "cached"), ("block", "cached"), ("full", "naive"))
     for layers, size, schedule, stages, micros, virtual, mesh in (
         (3, 2, "1f1b", 2, 2, 1, (("fsdp", 2), ("tensor", 2))),
-        (3, 2, "gpipe", 2, 2, 1, (("expert", 2), ("context", 2))),
+        (3, 2, "gpipe", 2, 2, 1, (("expert", 2), ("tensor", 2))),
         (7, 2, "interleaved_1f1b", 2, 2, 2, (("data", 2),)),
     )
 ]
@@ -139,6 +139,7 @@ OTHERS = [
 ]
 SLOW = [
     *KIMI,
+    Case("moe", "full", 4, 2, "1f1b", 2, 2, mesh=(("expert", 2), ("context", 2))),
     *OTHERS,
     *(
         Case("dense", "block", 16, 4, schedule, 4, 8, virtual, transport)
