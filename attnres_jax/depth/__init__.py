@@ -17,7 +17,7 @@ from attnres_jax.depth.options import DEFAULTS, Options, check
 from attnres_jax.depth.residual import Residual
 from attnres_jax.depth.rezero import ReZero
 from attnres_jax.depth.rms_block import RMSBlock
-from attnres_jax.depth.scan import REMAT_POLICIES, Place, Rule, Segment, depth_scan, num_appended
+from attnres_jax.depth.scan import REMAT_POLICIES, Place, Rule, Segment, Window, depth_scan, num_appended
 from attnres_jax.depth.sites import Sites
 
 RULES = {
@@ -72,6 +72,7 @@ __all__ = [
     "Segment",
     "Sites",
     "State",
+    "Window",
     "depth_attention",
     "depth_scan",
     "inter_block",

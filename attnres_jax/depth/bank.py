@@ -10,15 +10,21 @@ from attnres_jax.depth.scan import Place, Segment
 class Bare:
     """A bank of sources and nothing beside them, whose blocks are a schedule."""
 
+    windowed = False
+
     def part(self, segment: Segment) -> "Bare":
         """Any part of a block is one."""
         return self
 
     def enter(
-        self, sites: PyTree, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int
+        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place
     ) -> tuple[PyTree, Array, int | Int[Array, ""]]:
         """Parameters, sources and sites as they are."""
-        return sites, values, site
+        return sites, values, place.site
+
+    def enter_transpose(self, sites: PyTree, bank: Array, place: Place, own_bar: PyTree, bank_bar: Array):
+        """As they are, too."""
+        return own_bar, bank_bar
 
     def sources(self, bank: Float[Array, "N *batch D"]) -> Float[Array, "N *batch D"]:
         """The bank itself."""

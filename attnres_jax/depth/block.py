@@ -2,7 +2,6 @@
 
 import copy
 from collections.abc import Sequence
-from functools import partial
 from typing import ClassVar, NamedTuple
 
 import jax
@@ -41,6 +40,7 @@ class Block:
         "sum_sources",
     )
     opened, closed = False, True  # see `part`
+    windowed = True
 
     def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
         self.block_size = block_size
@@ -66,7 +66,7 @@ class Block:
         """Phase 1: each of the block's sites over the completed sources."""
         own = [self.num_own(i) for i in range(place.num_sites)]
         weights, maximum, denominator = self.weigh(sites, _logits(bank, place), place.site, place.num_valid, own)
-        state = State(mix(bank.values, weights, place.num_valid), maximum, denominator)
+        state = State(mix(bank.values, weights, place.num_valid, place.slot(0)), maximum, denominator)
         return tuple(state.site(i) for i in range(place.num_sites))
 
     def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Bank):
@@ -75,13 +75,12 @@ class Block:
         weigh = lambda sites, logits: self.weigh(sites, logits, place.site, place.num_valid, own)  # noqa: E731
         (weights, maximum, _), unweigh = jax.vjp(weigh, sites, _logits(bank, place))
         values_bar, weights_bar = mix_transpose(
-            bank.values, weights, place.num_valid, [state.numerator for state in view_bar], bank_bar.values
+            bank.values, weights, place.num_valid, [x.numerator for x in view_bar], bank_bar.values, place.slot(0)
         )
         denominator_bar = jnp.stack([state.denominator for state in view_bar])
         sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
-        logits_bar = jax.lax.dynamic_update_slice_in_dim(
-            bank_bar.logits, _logits(bank_bar, place) + logits_bar, place.site, 1
-        )
+        where = place.slot(0), place.site, *[0] * (logits_bar.ndim - 2)
+        logits_bar = jax.lax.dynamic_update_slice(bank_bar.logits, _logits(bank_bar, place) + logits_bar, where)
         return sites_bar, Bank(values_bar, logits_bar)
 
     def block(
@@ -102,20 +101,50 @@ class Block:
         rule.opened, rule.closed = segment.opened, segment.closed
         return rule
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
-        """The parameters of those sites and of the readout, behind a first row of zeros: (parameters, bank, 1).
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
+        """The parameters of those sites behind a first row of zeros, and all the logits: (parameters, bank, 1).
 
         Row 0 is that of a site whose query changes nothing; site 0 itself has one, and its query is a zero here.
         """
+        own, values = self.rows(sites, place), self.split(values)
+
+        def fill(source: Int[Array, ""], logits: Array) -> Array:
+            new = self.logits(own, _at(values, place.slot(source)), source)
+            return jax.lax.dynamic_update_index_in_dim(logits, new, place.slot(source), 0)
+
+        one = jax.eval_shape(lambda: self.logits(own, values[0], 0))
+        logits = jnp.zeros((len(values), *one.shape), one.dtype)
+        return own, Bank(values, jax.lax.fori_loop(0, place.num_valid, fill, logits)), 1
+
+    def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
+        """The backward pass of the logits, added into the sources' cotangent."""
+        own, unslice = jax.vjp(lambda sites: self.rows(sites, place), sites)
+
+        def add(source: Int[Array, ""], carry: tuple[Array, Sites, Array]) -> tuple[Array, Sites, Array]:
+            values_bar, own_bar, _ = carry
+            slot = place.slot(source)
+            _, pullback = jax.vjp(lambda own, value: self.logits(own, value, source), own, _at(bank.values, slot))
+            row_bar, new = pullback(_at(bank_bar.logits, slot))
+            new = _at(values_bar, slot) + new
+            values_bar = jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0)
+            return values_bar, jax.tree.map(jnp.add, own_bar, row_bar), new  # carried along as in `mix_transpose`
+
+        carry = bank_bar.values, own_bar, jnp.zeros_like(bank_bar.values[0])
+        values_bar, own_bar, _ = jax.lax.fori_loop(0, place.num_valid, add, carry)
+        return *unslice(own_bar), self.join(values_bar)
+
+    def rows(self, sites: Sites, place: Place) -> Sites:
+        """Of the sites at `place`, and a first one of zeros."""
         own = jax.tree.map(
             lambda x: jnp.concatenate(
-                [jnp.zeros_like(x[:1]), jax.lax.dynamic_slice_in_dim(x, site, num_sites), x[-1:]]
+                [jnp.zeros_like(x[:1]), jax.lax.dynamic_slice_in_dim(x, place.site, place.num_sites)]
             ),
             sites,
         )
         if self.options.query != "none":
-            own.query = own.query * jnp.where((jnp.arange(num_sites + 2) == 1) & (site == 0), 0.0, 1.0)[:, None]
-        return own, jax.vmap(partial(self.slot, own))(self.split(values), jnp.arange(len(values))), 1
+            inert = (jnp.arange(place.num_sites + 1) == 1) & (place.site == 0)
+            own.query = own.query * jnp.where(inert, 0.0, 1.0)[:, None]
+        return own
 
     def sources(self, bank: Bank) -> Float[Array, "N *batch D"]:
         """The bank's values."""
@@ -224,4 +253,12 @@ class Block:
 
 
 def _logits(bank: Bank, place: Place) -> Float[Array, "slots S *batch"]:
-    return jax.lax.dynamic_slice_in_dim(bank.logits, place.site, place.num_sites, axis=1)
+    """Of all sources at the sites of `place`."""
+    logits = bank.logits
+    if place.window is not None:
+        logits = jax.lax.dynamic_slice_in_dim(logits, *place.window)
+    return jax.lax.dynamic_slice_in_dim(logits, place.site, place.num_sites, axis=1)
+
+
+def _at(slots: Array, index: int | Int[Array, ""]) -> Array:
+    return jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)

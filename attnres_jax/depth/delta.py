@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from attnres_jax.depth.block import Bank
 from attnres_jax.depth.full import Full
@@ -24,6 +24,7 @@ class Delta(Full):
     """Full AttnRes with the null source in the embedding's slot, added to a residual stream."""
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    windowed = False
 
     def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
         """(stream, bank) before the first block: the embedding goes into the stream, and slot 0 is the null source."""
@@ -45,9 +46,14 @@ class Delta(Full):
             slots.append(self.slot(sites, y, place.num_valid + i))
         return stream, tuple(slots)
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
         """As without a stream; slot 0, where the embedding comes, is the null source."""
-        return super().enter(sites, values.at[0].set(0), site, num_sites)
+        return super().enter(sites, values.at[0].set(0), place)
+
+    def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
+        """Nothing goes to the embedding."""
+        sites_bar, values_bar = super().enter_transpose(sites, bank, place, own_bar, bank_bar)
+        return sites_bar, values_bar.at[0].set(0)
 
     def readout(self, sites: Sites, stream: Float[Array, "*batch D"], bank: Bank) -> Float[Array, "*batch D"]:
         """The last site, over all outputs."""

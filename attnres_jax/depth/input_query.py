@@ -77,9 +77,13 @@ class InputQuery(WholeBank, Block):
             self.summed(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()), count)
         )
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int):
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
         """Parameters and sites as they are, the sources' channels cut into groups."""
-        return sites, self.split(values), site
+        return sites, self.split(values), place.site
+
+    def enter_transpose(self, sites: Sites, bank: Array, place: Place, own_bar: Sites, bank_bar: Array):
+        """Channels put together again."""
+        return own_bar, self.join(bank_bar)
 
     def sources(self, bank: Array) -> Float[Array, "N *batch D"]:
         """Channels put together again."""

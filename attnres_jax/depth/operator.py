@@ -182,15 +182,21 @@ def exponents(
 
 @jax.custom_vjp
 def mix(
-    values: Float[Array, "N *batch D"], weights: Float[Array, "N S *batch"], num_valid: int | Int[Array, ""]
+    values: Float[Array, "M *batch D"],
+    weights: Float[Array, "N S *batch"],
+    num_valid: int | Int[Array, ""],
+    first: int | Int[Array, ""] = 0,
 ) -> Float[Array, "S *batch D"]:
-    """The sums over sources sum_n weights[n, s] * values[n] of the first `num_valid`; float32, the others not read."""
-    num_valid, last = jnp.asarray(num_valid), len(values) - 1
+    """The sums over sources sum_n weights[n, s] * values[first + n] of `num_valid` of them; float32.
+
+    No other is read.
+    """
+    num_valid, last = jnp.asarray(num_valid), len(weights) - 1
 
     def products(step, slot):
         slot = step * READ_CHUNK + slot
         weight = jnp.where(slot < num_valid, _at(weights, jnp.minimum(slot, last)), 0)
-        value = wide(_at(values, jnp.minimum(slot, last)))
+        value = wide(_at(values, first + jnp.minimum(slot, last)))
         return [w[..., None] * value for w in weight]
 
     def add(step, mixed):
@@ -199,30 +205,31 @@ def mix(
         return mixed
 
     # The first chunk is a sum by itself: zeros to start from would be written and read once more than they need be.
-    first = [sum(parts) for parts in zip(*(products(0, slot) for slot in range(READ_CHUNK)), strict=True)]
-    return jnp.stack(jax.lax.fori_loop(1, (num_valid + READ_CHUNK - 1) // READ_CHUNK, add, first))
+    mixed = [sum(parts) for parts in zip(*(products(0, slot) for slot in range(READ_CHUNK)), strict=True)]
+    return jnp.stack(jax.lax.fori_loop(1, (num_valid + READ_CHUNK - 1) // READ_CHUNK, add, mixed))
 
 
-def _mix_forward(values, weights, num_valid):
-    return mix(values, weights, num_valid), (values, weights, num_valid)
+def _mix_forward(values, weights, num_valid, first):
+    return mix(values, weights, num_valid, first), (values, weights, num_valid, first)
 
 
 def _mix_backward(saved, mixed_bar):
-    values, weights, num_valid = saved
-    num_valid = jnp.asarray(num_valid)  # inside a condition a constant comes back as a NumPy scalar
-    return *mix_transpose(values, weights, num_valid, list(mixed_bar), jnp.zeros_like(values)), None
+    values, weights, *where = saved
+    num_valid, first = map(jnp.asarray, where)  # inside a condition constants come back as NumPy scalars
+    return *mix_transpose(values, weights, num_valid, list(mixed_bar), jnp.zeros_like(values), first), None, None
 
 
 mix.defvjp(_mix_forward, _mix_backward)
 
 
 def mix_transpose(
-    values: Float[Array, "N *batch D"],
+    values: Float[Array, "M *batch D"],
     weights: Float[Array, "N S *batch"],
     num_valid: int | Int[Array, ""],
     mixed_bar: Sequence[Float[Array, "*batch D"]],
-    values_bar: Float[Array, "N *batch D"],
-) -> tuple[Float[Array, "N *batch D"], Float[Array, "N S *batch"]]:
+    values_bar: Float[Array, "M *batch D"],
+    first: int | Int[Array, ""] = 0,
+) -> tuple[Float[Array, "M *batch D"], Float[Array, "N S *batch"]]:
     """The backward pass of `mix`, added into `values_bar` in one pass over the valid slots.
 
     Args:
@@ -231,20 +238,22 @@ def mix_transpose(
       num_valid: as in `mix`.
       mixed_bar: the cotangent of each of the S sums.
       values_bar: what to add to.
+      first: as in `mix`.
 
     Returns:
       The updated cotangent of the values, and the cotangent of the weights.
     """
 
-    def add(slot, carry):
+    def add(source, carry):
         values_bar, weights_bar, _ = carry
-        value, weight = wide(_at(values, slot)), _at(weights, slot)
+        slot = first + source
+        value, weight = wide(_at(values, slot)), _at(weights, source)
         weight_bar = jnp.stack(_dots([(bar, value) for bar in mixed_bar]))
         new = sum(weight[s, ..., None] * bar for s, bar in enumerate(mixed_bar))
         new = (wide(_at(values_bar, slot)) + new).astype(values_bar.dtype)
         return (
             jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0),
-            jax.lax.dynamic_update_index_in_dim(weights_bar, weight_bar, slot, 0),
+            jax.lax.dynamic_update_index_in_dim(weights_bar, weight_bar, source, 0),
             new,  # carried along so that XLA on CPU computes it in parallel, and not inside the serial update
         )
 

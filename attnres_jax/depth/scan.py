@@ -47,12 +47,27 @@ class Segment:
     closed: bool = True
 
 
-class Place(NamedTuple):
-    """Where a block stands: its first site, and how many sources were complete before it."""
+class Window(NamedTuple):
+    """The slots of a bank that hold one pass's sources, where it holds those of other passes beside them."""
 
-    site: Int[Array, ""]
-    num_valid: Int[Array, ""]
+    first: Int[Array, ""]
+    size: int
+
+
+class Place(NamedTuple):
+    """Where a block, or a part of a stack, stands: its first site, and how many sources were complete before it.
+
+    Without a window the sources begin at slot 0 of the bank and may fill it.
+    """
+
+    site: int | Int[Array, ""]
+    num_valid: int | Int[Array, ""]
     num_sites: int
+    window: Window | None = None
+
+    def slot(self, source: int | Int[Array, ""]) -> int | Int[Array, ""]:
+        """Where a source is in the bank."""
+        return source if self.window is None else self.window.first + source
 
 
 @runtime_checkable
@@ -78,10 +93,21 @@ class Rule(Protocol):
     def part(self, segment: Segment) -> "Rule":
         """The rule for a block that begins or ends outside of `segment`, its partial sum in the stream."""
 
+    windowed: bool
+    """Whether it reads and writes no slots but those of `place.window`; else a bank holds a single pass's sources."""
+
     def enter(
-        self, sites: PyTree, values: Float[Array, "N *batch D"], site: int | Int[Array, ""], num_sites: int
+        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place
     ) -> tuple[PyTree, PyTree, int | Int[Array, ""]]:
-        """From the bare sources: (parameters, bank and first site) as a run of sublayers from `site` on sees them."""
+        """From the bare sources: (parameters, bank, first site) as the part of a stack at `place` sees them."""
+
+    def enter_transpose(
+        self, sites: PyTree, bank: PyTree, place: Place, own_bar: PyTree, bank_bar: PyTree
+    ) -> tuple[PyTree, Float[Array, "N *batch D"]]:
+        """The cotangents that those of what `enter` returned send through it: (that of `sites`, that of the sources).
+
+        The bank may hold more sources by now.
+        """
 
     def sources(self, bank: PyTree) -> Float[Array, "N *batch D"]:
         """The inverse: a bank's bare sources."""
@@ -98,7 +124,7 @@ def depth_scan(
     context: PyTree = None,
     *,
     remat: str = "none",
-    at: tuple[int | Int[Array, ""], int | Int[Array, ""]] | None = None,
+    at: Place | None = None,
 ) -> tuple[PyTree, PyTree, list[tuple[PyTree, ...]]]:
     """Runs all blocks of all segments. Differentiable in `stacks`, `sites`, `stream` and `bank`, not in `context`.
 
@@ -112,8 +138,8 @@ def depth_scan(
       bank: the slots complete before the first block, along a leading axis, or None.
       context: what every sublayer sees (positions, masks, ...).
       remat: what the blocks keep for the backward pass, a key of `REMAT_POLICIES`.
-      at: for a part of a stack, (its first site, how many slots are complete before it); the bank then has room for
-        all that the part appends. None: the stack from its start.
+      at: for a part of a stack, where it stands. The bank, in and out, is then the bare sources, with room for all that
+        the part appends. None: the stack from its start.
 
     Returns:
       The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
@@ -131,22 +157,41 @@ def depth_scan(
         raise ValueError(f"a sublayer's parameters are used twice: {max(used, key=used.count)}; give each its own slot")
     rules = [rule.part(segment) for segment in segments]
     appended = [part.num_appended(len(segment.kinds)) for part, segment in zip(rules, segments, strict=True)]
-    start = (0, _length(bank)) if at is None else (0, 0)
     capacity = _length(bank) + (num_appended(rule, segments) if at is None else 0)
+    numbers = None if at is None else jax.tree.map(jnp.asarray, (at.site, at.num_valid, at.window and at.window.first))
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
 
+    def part_at(numbers) -> Place:
+        site, num_valid, first = numbers
+        return Place(site, num_valid, at.num_sites, at.window and Window(first, at.window.size))
+
+    def places_of(numbers, site) -> list[tuple[Any, Any, Any]]:
+        """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
+        places, num_valid = [], _length(bank_in) if numbers is None else numbers[1]
+        for segment, slots in zip(segments, appended, strict=True):
+            blocks, sites = segment.slots.shape
+            steps = np.arange(blocks, dtype=np.int32)
+            places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + slots * steps))
+            site, num_valid = site + sites * blocks, num_valid + slots * blocks
+        return places
+
+    def block_at(numbers, site, num_valid, segment: Segment) -> Place:
+        return Place(site, num_valid, len(segment.kinds), None if numbers is None else part_at(numbers).window)
+
     def forward(stacks, sites, stream, bank, where, save):
-        context, at = where
-        places = _places(segments, appended, start if at is None else at)
-        bank = jax.tree.map(
-            lambda slots: jnp.zeros((capacity, *slots.shape[1:]), slots.dtype).at[: len(slots)].set(slots), bank
-        )
+        context, numbers = where
+        if numbers is None:
+            room = lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype).at[: len(x)].set(x)  # noqa: E731
+            site, bank = 0, jax.tree.map(room, bank)
+        else:
+            sites, bank, site = rule.enter(sites, bank, part_at(numbers))
+        places, entered = places_of(numbers, site), (sites, site)
         reports, saved = [], []
         for index, segment in enumerate(segments):
 
             def run_block(carry, at, index=index, segment=segment):
                 stream, bank = carry
-                rule, slots, place = rules[index], at[0], Place(*at[1:], len(segment.kinds))
+                rule, slots, place = rules[index], at[0], block_at(numbers, *at[1:], segment)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment, call, place, context, remat if save else "none")
@@ -155,7 +200,7 @@ def depth_scan(
                     structures[index], kept = _strip(pullback, (sites, view, parameters, context, new))
                 else:
                     (stream, new, report), kept = block(sites, stream, view, parameters), None
-                return (stream, _append(bank, new, place.num_valid)), (report, kept)
+                return (stream, _append(bank, new, place.slot(place.num_valid))), (report, kept)
 
             if segment.opened or not segment.closed:  # its stream is of another kind before than after: no carry
                 (stream, bank), out = run_block(
@@ -166,41 +211,48 @@ def depth_scan(
                 (stream, bank), (report, kept) = jax.lax.scan(run_block, (stream, bank), places[index])
             reports.append(report)
             saved.append(kept)
-        return (stream, bank, reports), saved
+        return (stream, bank, reports), (entered, bank, saved)
 
     @jax.custom_vjp
     def run(stacks, sites, stream, bank, where):
-        return forward(stacks, sites, stream, bank, where, save=False)[0]
+        return bare(forward(stacks, sites, stream, bank, where, save=False)[0])
+
+    def bare(out):
+        stream, bank, reports = out
+        return stream, bank if at is None else rule.sources(bank), reports
 
     def run_forward(stacks, sites, stream, bank, where):
         out, saved = forward(stacks, sites, stream, bank, where, save=True)
-        return out, (stacks, sites, out[1], where, saved)
+        return bare(out), (stacks, sites, where, saved)
 
     def run_backward(residuals, cotangents):
-        stacks, sites, bank, (context, at), saved = residuals
+        stacks, all_sites, (context, numbers), ((sites, site), bank, saved) = residuals
         stream_bar, bank_bar, reports_bar = cotangents
-        places = _places(segments, appended, start if at is None else at)
+        if numbers is not None:
+            (bank_bar,) = jax.vjp(rule.sources, bank)[1](bank_bar)
+        places = places_of(numbers, site)
         stacks_bar, sites_bar = (jax.tree.map(jnp.zeros_like, parameters) for parameters in (stacks, sites))
         for index, segment in reversed(list(enumerate(segments))):
 
             def run_block(carry, at, index=index, segment=segment):
                 stream_bar, bank_bar, new_bar, stacks_bar, sites_bar = carry
                 (slots, *where), kept, report_bar = at
-                rule, place = rules[index], Place(*where, len(segment.kinds))
+                rule, place = rules[index], block_at(numbers, *where, segment)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
-                new = _slots_from(place.num_valid, appended[index], bank)
+                new = _slots_from(place.slot(place.num_valid), appended[index], bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
                 site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
-                new_bar = _slots_from(place.num_valid - appended[index], appended[index], bank_bar)
+                new_bar = _slots_from(place.slot(place.num_valid - appended[index]), appended[index], bank_bar)
                 stacks_bar = _put(stacks_bar, segment.kinds, slots, parameters_bar)
                 sites_bar = jax.tree.map(lambda *bars: sum(bars), sites_bar, site_bar, read_bar)
                 return (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar), None
 
-            new_bar = _slots_from(jnp.asarray(places[index][2][-1]), appended[index], bank_bar)
+            last = block_at(numbers, 0, jnp.asarray(places[index][2][-1]), segment)
+            new_bar = _slots_from(last.slot(last.num_valid), appended[index], bank_bar)
             carry = (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar)
             at_blocks = (places[index], saved[index], reports_bar[index])
             if segment.opened or not segment.closed:
@@ -208,15 +260,19 @@ def depth_scan(
             else:
                 carry, _ = jax.lax.scan(run_block, carry, at_blocks, reverse=True)
             stream_bar, bank_bar, _, stacks_bar, sites_bar = carry
-        if at is None:
+        if numbers is None:
             bank_bar = jax.tree.map(lambda bars, slots: bars[: len(slots)], bank_bar, bank_in)
         else:  # what was appended had taken the place of what was there
-            bank_bar = jax.tree.map(lambda bars: _first(bars, at[1]), bank_bar)
+            place, count = part_at(numbers), num_appended(rule, segments)
+            bank_bar = _append(
+                bank_bar, [jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)] * count, place.slot(place.num_valid)
+            )
+            sites_bar, bank_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
         return stacks_bar, sites_bar, stream_bar, bank_bar, None
 
     bank_in = bank
     run.defvjp(run_forward, run_backward)
-    return run(stacks, sites, stream, bank, (context, at))
+    return run(stacks, sites, stream, bank, (context, numbers))
 
 
 def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
@@ -277,27 +333,9 @@ def _strip(pullback: Callable, known: PyTree) -> tuple[_Structure, list[Array]]:
     return _Structure(treedef, tuple(places[id(leaf)] for leaf in leaves)), kept
 
 
-def _places(
-    segments: Sequence[Segment], appended: Sequence[int], start: tuple[int | Array, int | Array]
-) -> list[tuple[Any, Any, Any]]:
-    """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
-    places, (site, num_valid) = [], start
-    for segment, slots in zip(segments, appended, strict=True):
-        blocks, sites = segment.slots.shape
-        steps = np.arange(blocks, dtype=np.int32)
-        places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + slots * steps))
-        site, num_valid = site + sites * blocks, num_valid + slots * blocks
-    return places
-
-
 def _only(blocks: PyTree) -> PyTree:
     """Of a segment of one block that block."""
     return jax.tree.map(lambda x: jnp.asarray(x)[0], blocks)
-
-
-def _first(slots: Array, count: Int[Array, ""]) -> Array:
-    """The first `count` slots, and zeros in the place of the others."""
-    return jnp.where(jnp.arange(len(slots)).reshape(-1, *[1] * (slots.ndim - 1)) < count, slots, 0)
 
 
 def _length(bank: PyTree) -> int:

@@ -18,6 +18,7 @@ class StreamRule:
     """
 
     OPTIONS: ClassVar[tuple[str, ...]] = ()
+    windowed = False
 
     def __init__(self, block_size: int, eps: float, options: Options = DEFAULTS):
         self.block_size = block_size
@@ -49,9 +50,13 @@ class StreamRule:
         """Blocks are a schedule: any part of one is one."""
         return self
 
-    def enter(self, sites: PyTree, values: Array, site: int | Int[Array, ""], num_sites: int):
+    def enter(self, sites: PyTree, values: None, place: Place):
         """Parameters and sites as they are; there is no bank."""
-        return sites, None, site
+        return sites, None, place.site
+
+    def enter_transpose(self, sites: PyTree, bank: None, place: Place, own_bar: PyTree, bank_bar: None):
+        """As they are, too."""
+        return own_bar, None
 
     def sources(self, bank: None) -> None:
         """None."""

@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
-from attnres_jax.axes import HIDDEN, constrain
+from attnres_jax.axes import HIDDEN, constrain, mesh_platform
 from attnres_jax.config import PipelineConfig, TrainingConfig
-from attnres_jax.depth import depth_scan
+from attnres_jax.depth import Place, Window, depth_scan
 from attnres_jax.layers import RouterReport
 from attnres_jax.layers.router import weigh
 from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_in_order
@@ -105,11 +105,11 @@ class _Engine:
         self.chunks = cut_chunks(model.plan(), self.rule, schedule.chunks)
         self.h = jax.ShapeDtypeStruct((*batch, self.config.width), self.config.dtype)
         begun, bank = jax.eval_shape(self.rule.begin, model.sites, self.h)
-        self.slots = 1 if bank is None else self.chunks[-1].num_valid + self.chunks[-1].appended
+        self.has_bank = bank is not None
+        self.slots = self.chunks[-1].num_valid + self.chunks[-1].appended if self.has_bank else 1
         opened = self.h if any(chunk.opened for chunk in self.chunks) else None
         self.begins, self.stream = begun is not None, begun if begun is not None else opened
         self.ticks = make_ticks(schedule, self.chunks, transport, has_stream=self.begins)
-        self.most_appended = max(chunk.appended for chunk in self.chunks)
         self.width = int(np.max(self.ticks.spans[:, 1] - self.ticks.spans[:, 0]))
         by_structure = {chunk.structure: chunk for chunk in reversed(self.chunks)}
         self.structures = [by_structure[i] for i in range(len(by_structure))]
@@ -121,8 +121,8 @@ class _Engine:
         stacks = {kind: self.fetch(kind, model.sublayers[kind], self.axes[kind]) for kind in model.sublayers}
         zeros = partial(jax.tree.map, jnp.zeros_like)
         stores = {
-            "bank": self.store(self.ticks.sizes["bank"], self.slots, like=self.h),
-            "bars": self.store(self.ticks.sizes["bars"], self.slots, like=self.h),
+            "bank": self.store(self.ticks.sizes["bank"] * self.slots, like=self.h),
+            "bars": self.store(self.ticks.sizes["bank"] * self.slots, like=self.h),
             "h_bars": self.store(self.ticks.sizes["h_bars"], like=self.h),
             "streams": self.store(self.ticks.sizes["streams"], like=self.stream),
         }
@@ -159,29 +159,29 @@ class _Engine:
         last = len(self.chunks) - 1
 
         # A microbatch begins: its embedding, on every stage.
+        begins = row["embed.micro"] != IDLE
         look = lambda: look_up(embedding, of("inputs", row["embed.micro"]), AXIS)  # noqa: E731
-        embedded = jax.lax.cond(row["embed.micro"] != IDLE, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-        bank = _write(bank, row["embed.bank"], (0, 1), embedded[None])
+        embedded = jax.lax.cond(begins, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
+        bank = _write(bank, row["embed.bank"] * self.slots, (0, begins.astype(jnp.int32)), embedded[None])
 
         # Forward, of what has come from the stage before.
-        chunk, micro, place = row["forward.chunk"], row["forward.micro"], row["forward.bank"]
-        bank = _write(bank, place, self.span(chunk), slots)
+        chunk, micro, first = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
+        bank = _write(bank, first, self.span(chunk), slots)
         streams = jax.tree.map(lambda store, x: _replace(store, row["forward.stream"], x), streams, stream)
 
-        def forward(structure: Chunk) -> Any:
-            context, at = self.context(batch, micro), self.of_chunk(chunk)
-            run = self.chunk(structure, at, context, "none")
-            values = _at(bank, place)
-            values, onward, h, reports = run(self.own(stacks, chunk), sites, final_norm, values, stream)
-            leaving = _take(values, self.span(chunk + 1), self.width)
-            new = _take(values, self.appended(chunk), self.most_appended)
-            return new, leaving, onward, h, self.weighted(structure, reports)
+        def forward(structure: Chunk, _: Array, carry: Any) -> Any:
+            bank, _, stream, _, router = carry
+            run = self.chunk(structure, chunk, first, self.context(batch, micro), "none")
+            values, stream, reports = run(self.own(stacks, chunk), sites, self.values(bank, first), stream)
+            bank = self.put_values(bank, first, values)
+            slots = _take(bank, first + self.span(chunk + 1)[0], self.width)
+            end = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
+            h = jax.lax.cond(chunk == last, end, lambda: jnp.zeros(self.h.shape, self.h.dtype))
+            return bank, slots, stream, h, self.add(router, self.weighted(structure, reports), chunk)
 
-        work = [partial(forward, structure) for structure in self.structures]
-        new, slots, stream, h, router = self.work(row["forward.work"], work)
-        bank = _write(bank, place, self.appended(chunk), new)
-        if router is not None:
-            sums["router"] = self.add(sums["router"], router, chunk)
+        nothing = jnp.zeros(self.h.shape, self.h.dtype)
+        carry = self.work(row["forward.work"], forward, (bank, slots, stream, nothing, sums["router"]))
+        bank, slots, stream, h, sums["router"] = self.idle(row["forward.work"], carry, (1, 2, 3))
 
         # A microbatch turns round: its loss, on every stage.
         def turn() -> Any:
@@ -201,95 +201,151 @@ class _Engine:
         h_bars = _replace(h_bars, row["head.h_bar"], h_bar)
 
         # Backward, of what has come from the stage behind.
-        chunk, micro, place = row["backward.chunk"], row["backward.micro"], row["backward.bars"]
+        chunk, micro, first = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
 
-        def backward(structure: Chunk) -> Any:
-            context, at = self.context(batch, micro), self.of_chunk(chunk)
-            run = self.chunk(structure, at, context, self.config.remat)
-            kept = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
-            values = _at(bank, row["backward.bank"])
-            (_, _, _, reports), pullback = jax.vjp(run, self.own(stacks, chunk), sites, final_norm, values, kept)
-            is_new = chunk >= len(self.chunks) - self.schedule.stages  # of its microbatches the first here to come back
-            values_bar = jnp.where(is_new, 0, _at(bars, place))
-            arrived = self.span(chunk + 1)
-            values_bar = _put(values_bar, arrived, slots_bar + _take(values_bar, arrived, self.width))
-            own_h_bar = jnp.where(chunk == last, _at(h_bars, row["backward.h_bar"]), 0)
+        def backward(structure: Chunk, _: Array, carry: Any) -> Any:
+            bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, norm_bar = carry
+            stream = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
+            run = self.chunk(structure, chunk, first, self.context(batch, micro), self.config.remat)
+            own = self.own(stacks, chunk), sites, self.values(bank, first), stream
+            (values, after, reports), pullback = jax.vjp(run, *own)
+            bank = self.put_values(bank, first, values)
+            kept = self.kept(chunk)
+            bars = _clear(bars, first, jnp.where(kept == 0, self.slots, 0))
+            bars = _add(bars, first, self.span(chunk + 1), slots_bar, kept)
+
+            def turn(i: Int[Array, ""], carry: Any) -> Any:
+                bars, _, sites_bar, norm_bar = carry
+                window = self.window(bank, first + i)  # i is 0: what does not depend on it XLA takes out of the loop
+                pullback = self.readout(sites, final_norm, window, after)[1]
+                *own, window_bar, stream_bar = pullback(_at(h_bars, row["backward.h_bar"]))
+                sites_bar, norm_bar = jax.tree.map(jnp.add, (sites_bar, norm_bar), tuple(own))
+                if self.has_bank:
+                    bars = _add(bars, first, (0, self.slots), window_bar)
+                return bars, stream_bar, sites_bar, norm_bar
+
+            bars, stream_bar, sites_bar, norm_bar = _when(chunk == last, turn, (bars, stream_bar, sites_bar, norm_bar))
             share = jnp.sum(of("weights", micro)) / total_weight
-            *own, values_bar, onward = pullback((values_bar, stream_bar, own_h_bar, self.reports_bar(reports, share)))
-            leaving = _take(values_bar, self.span(chunk), self.width)
-            return *own, _put(values_bar, self.span(chunk), jnp.zeros_like(leaving)), leaving, onward
+            own_bar, site_bar, values_bar, stream_bar = pullback(
+                (self.values(bars, first), stream_bar, self.reports_bar(reports, share))
+            )
+            bars = self.put_values(bars, first, values_bar)
+            slots_bar = _take(bars, first + self.span(chunk)[0], self.width)
+            stacks_bar = {kind: self.add(stacks_bar[kind], own_bar[kind], chunk) for kind in stacks_bar}
+            sites_bar = jax.tree.map(jnp.add, sites_bar, site_bar)
+            return bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, norm_bar
 
-        work = [partial(backward, structure) for structure in self.structures]
-        own_bar, site_bar, norm_bar, values_bar, slots_bar, stream_bar = self.work(row["backward.work"], work)
-        bars = _replace(bars, place, values_bar)
-        stacks_bar = {kind: self.add(stacks_bar[kind], own_bar[kind], chunk) for kind in stacks_bar}
-        busy = partial(jax.tree.map, lambda total, bar: total + jnp.where(chunk != IDLE, bar, 0))
-        sites_bar, final_norm_bar = busy((sites_bar, final_norm_bar), (site_bar, norm_bar))
+        carry = bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, final_norm_bar
+        carry = self.work(row["backward.work"], backward, carry)
+        bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, final_norm_bar = self.idle(
+            row["backward.work"], carry, (2, 3)
+        )
 
         # A microbatch ends: its embedding's gradient, on every stage.
         def end() -> Any:
-            bar = over_stages(_at(bars, row["end.bars"])[0], AXIS)
+            bar = over_stages(_at(bars, row["end.bank"] * self.slots), AXIS)
             return look_up_transpose(embedding, of("inputs", row["end.micro"]), bar, AXIS)
 
         zeros = lambda: at_rest(jax.tree.map(jnp.zeros_like, embedding))  # noqa: E731
         bar = jax.lax.cond(row["end.micro"] != IDLE, end, zeros)
         embedding_bar = jax.tree.map(jnp.add, embedding_bar, bar)
 
+        # XLA on CPU starts conditions that do not depend on each other in any order, and devices that wait for each other
+        # in different ones wait for ever. There each waits for the one before: no token is below zero, but who knows.
+        def after(which: Int[Array, ""], result: PyTree) -> Int[Array, ""]:
+            leaf = next((x for x in jax.tree.leaves(result) if x.size), None)
+            if leaf is None or mesh_platform() != "cpu":
+                return which
+            bits = jax.lax.bitcast_convert_type(leaf[(0,) * leaf.ndim].astype(jnp.float32), jnp.int32)
+            return which + (bits & jnp.int32(batch["inputs"][0, 0, 0] < 0))
+
         ahead, back = self.ticks.sends[False], self.ticks.sends[True]
-        inbox = send(ahead, row["forward.send"], slots, stream, axis=AXIS, backward=False)
-        inbox_bar = send(back, row["backward.send"], slots_bar, stream_bar, axis=AXIS, backward=True)
+        inbox = send(ahead, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
+        which = after(row["backward.send"], inbox)
+        inbox_bar = send(back, which, slots_bar, stream_bar, axis=AXIS, backward=True)
         stores = {"bank": bank, "bars": bars, "h_bars": h_bars, "streams": streams}
         held_bar = embedding_bar, table_bar, sites_bar, final_norm_bar
         return (stores, inbox, inbox_bar, (stacks_bar, held_bar), sums), None
 
     # A chunk.
 
-    def chunk(self, structure: Chunk, at: tuple[Array, ...], context: Any, remat: str) -> Callable:
-        """A chunk as a function of everything that it is differentiated in."""
-        first_site, num_valid, is_first, is_last = at
+    def chunk(
+        self, structure: Chunk, chunk: Int[Array, ""], first: Int[Array, ""], context: Any, remat: str
+    ) -> Callable:
+        """A chunk as a function of everything that it is differentiated in, but for the readout behind the last."""
+        table = np.array([(c.first_site, c.num_valid) for c in self.chunks], np.int32)
+        first_site, num_valid = jnp.asarray(table)[chunk]
+        window = Window(first, self.slots) if self.rule.windowed else None
+        place = Place(first_site, num_valid, structure.num_sites, window)
 
-        def run(stacks, sites, final_norm, values, stream):
+        def run(stacks, sites, values, stream):
             if self.begins:
                 begun, _ = self.rule.begin(sites, values[0])
-                stream = jax.tree.map(lambda begun, x: jnp.where(is_first, begun, x), begun, stream)
-            own_sites, bank, site = self.rule.enter(sites, values, first_site, structure.num_sites)
+                stream = jax.tree.map(lambda begun, x: jnp.where(chunk == 0, begun, x), begun, stream)
             after, bank, reports = depth_scan(
                 self.rule,
                 structure.segments,
                 call_sublayer,
                 stacks,
-                own_sites,
+                sites,
                 stream if self.begins or structure.opened else None,
-                bank,
+                values if self.has_bank else None,
                 context,
                 remat=remat,
-                at=(jnp.asarray(site, jnp.int32), num_valid),
+                at=place,
             )
-            read = lambda: self.rule.readout(own_sites, after if self.begins else None, bank)  # noqa: E731
-            nothing = lambda: jnp.zeros(self.h.shape, self.h.dtype)  # noqa: E731
-            h = jax.lax.cond(is_last, lambda: final_norm(read()), nothing)
-            values = values if bank is None else self.rule.sources(bank)
             after = jax.tree.map(jnp.zeros_like, stream) if after is None else after
-            return values, after, h, reports
+            return bank if self.has_bank else values, after, reports
 
         return run
 
-    def work(self, which: Int[Array, ""], branches: Sequence[Callable[[], Any]]) -> Any:
-        """The branch of that structure, or what a stage with nothing to do comes to."""
-        shapes = jax.eval_shape(branches[0])
-        idle = lambda: jax.tree.map(lambda x: jnp.full(x.shape, self.bubble, x.dtype), shapes)  # noqa: E731
-        return jax.lax.switch(which + 1, [idle, *branches])
+    def readout(self, sites: PyTree, final_norm: Any, values: Array, stream: PyTree) -> tuple[Array, Callable]:
+        """What the head reads of a window of sources and the stream, and the pullback of it to all four."""
+        num_sites = len(self.model.plan())
+        place = Place(num_sites, self.slots, 1)
+        own, bank, _ = self.rule.enter(sites, values if self.has_bank else None, place)
+        read = lambda own, norm, bank, stream: norm(self.rule.readout(own, stream if self.begins else None, bank))  # noqa: E731
+        h, pullback = jax.vjp(read, own, final_norm, bank, stream)
+
+        def back(h_bar: Array) -> Any:
+            own_bar, norm_bar, bank_bar, stream_bar = pullback(h_bar)
+            sites_bar, values_bar = self.rule.enter_transpose(sites, bank, place, own_bar, bank_bar)
+            return sites_bar, norm_bar, values_bar, stream_bar
+
+        return h, back
+
+    def values(self, store: Array, first: Int[Array, ""]) -> Array:
+        """What a chunk sees of a store: all of it, or the microbatch's own sources."""
+        return store if self.rule.windowed else self.window(store, first)
+
+    def window(self, store: Array, first: Int[Array, ""]) -> Array:
+        """A microbatch's own sources."""
+        return jax.lax.dynamic_slice_in_dim(store, first, self.slots)
+
+    def put_values(self, store: Array, first: Int[Array, ""], values: Array) -> Array:
+        """The store after a chunk."""
+        return values if self.rule.windowed else jax.lax.dynamic_update_slice_in_dim(store, values, first, 0)
+
+    def work(self, which: Int[Array, ""], body: Callable[[Chunk, Array, Any], Any], carry: Any) -> Any:
+        """What becomes of `carry` under the structure of that index; a stage with nothing to do leaves it as it is.
+
+        Loops of a turn or none, not a condition: XLA updates what a loop carries in place.
+        """
+        for index, structure in enumerate(self.structures):
+            carry = _when(which == index, partial(body, structure), carry)
+        return carry
+
+    def idle(self, which: Int[Array, ""], carry: tuple, results: Sequence[int]) -> tuple:
+        """`carry`, with `bubble` in the place of those results that nothing was worked out for."""
+        if not self.bubble:
+            return carry
+        fill = partial(jax.tree.map, lambda x: jnp.where(which == IDLE, self.bubble, x))
+        return tuple(fill(x) if index in results else x for index, x in enumerate(carry))
 
     def context(self, batch: Mapping[str, Array], micro: Int[Array, ""]) -> Any:
         """What the sublayers see of a microbatch."""
         keys = "inputs", "segment_ids", "positions"
         return self.model.context(*(jax.lax.dynamic_index_in_dim(batch[key], micro, keepdims=False) for key in keys))
-
-    def of_chunk(self, chunk: Int[Array, ""]) -> tuple[Array, ...]:
-        """What differs between chunks of one structure: first site, complete sources, whether first and last."""
-        table = np.array([(c.first_site, c.num_valid) for c in self.chunks], np.int32)
-        first_site, num_valid = jnp.asarray(table)[chunk]
-        return first_site, num_valid, chunk == 0, chunk == len(self.chunks) - 1
 
     def own(self, stacks: Mapping[str, PyTree], chunk: Int[Array, ""]) -> dict[str, PyTree]:
         """A chunk's parameters, of those of the stage."""
@@ -301,27 +357,29 @@ class _Engine:
         return {kind: jax.tree.map(take(self.counts[kind]), stack) for kind, stack in stacks.items()}
 
     def add(self, totals: PyTree, bars: PyTree, chunk: Int[Array, ""]) -> PyTree:
-        """The transpose of `own`, added; nothing of an idle stage."""
-        turn = jnp.maximum(chunk, 0) // self.schedule.stages
+        """The transpose of `own`, added."""
+        turn = chunk // self.schedule.stages
 
         def put(total: Array, bar: Array) -> Array:
             old = jax.lax.dynamic_slice_in_dim(total, turn * len(bar), len(bar))
-            new = old + jnp.where(chunk != IDLE, bar, 0)
-            return jax.lax.dynamic_update_slice_in_dim(total, new, turn * len(bar), 0)
+            return jax.lax.dynamic_update_slice_in_dim(total, old + bar, turn * len(bar), 0)
 
         return jax.tree.map(put, totals, bars)
 
     def span(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """The slots that the hop into a chunk carries, from the first to before the last."""
+        """The slots that the hop into a chunk carries: the first, and one past the last; none for an idle stage."""
         known = (chunk > 0) & (chunk < len(self.chunks))
         first, last = jnp.asarray(self.ticks.spans)[jnp.where(known, chunk, 0)]
         return first, last
 
-    def appended(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
-        """The slots that a chunk completes, from the first to before the last."""
-        table = np.array([(c.num_valid, c.num_valid + c.appended) for c in self.chunks], np.int32)
-        first, last = jnp.asarray(table)[chunk]
-        return first, last
+    def kept(self, chunk: Int[Array, ""]) -> Int[Array, ""]:
+        """How many slots' cotangents a stage keeps from its last turn, the one before in going back; 0: it had none.
+
+        Those of the other slots have gone on, and come with the next hop.
+        """
+        later = np.arange(len(self.chunks)) + self.schedule.stages
+        spans = np.append(self.ticks.spans[:, 0], np.zeros(self.schedule.stages, np.int32))
+        return jnp.asarray(spans[later])[chunk]
 
     # Routers.
 
@@ -400,32 +458,46 @@ def _replace(store: Array, place: Int[Array, ""], value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, _at(store, place)), place, 0)
 
 
-def _write(store: Array, place: Int[Array, ""], slots: tuple[Any, Any], new: Array) -> Array:
-    """`store` with those slots of a place replaced, from the first to before the last, unless it is `IDLE`.
+def _when(condition: Bool[Array, ""], body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
+    """`body(0, carry)`, or `carry`."""
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
 
-    A loop, which XLA runs in place.
-    """
+
+def _write(store: Array, first: Int[Array, ""], slots: tuple[Any, Any], new: Array) -> Array:
+    """`store` with those slots of the pass at `first` replaced, from one to before another; a loop, run in place."""
+    if not len(new):
+        return store
+    where = first + slots[0]
+    put = lambda i, store: jax.lax.dynamic_update_index_in_dim(store, _at(new, i), where + i, 0)  # noqa: E731
+    return jax.lax.fori_loop(0, slots[1] - slots[0], put, store)
+
+
+def _add(
+    store: Array, first: Int[Array, ""], slots: tuple[Any, Any], new: Array, kept: int | Int[Array, ""] | None = None
+) -> Array:
+    """The same, added to what is in those of them that come before slot `kept`."""
     if not len(new):
         return store
 
     def put(i: Int[Array, ""], store: Array) -> Array:
-        where = place, slots[0] + i, *[0] * (new.ndim - 1)
-        return jax.lax.dynamic_update_slice(store, _at(new, i)[None, None], where)
+        where = first + slots[0] + i
+        old = _at(store, where)
+        old = old if kept is None else jnp.where(slots[0] + i < kept, old, 0)
+        return jax.lax.dynamic_update_index_in_dim(store, old + _at(new, i), where, 0)
 
-    return jax.lax.fori_loop(0, jnp.where(place == IDLE, 0, slots[1] - slots[0]), put, store)
-
-
-def _put(values: Array, slots: tuple[Any, Any], new: Array) -> Array:
-    """`values` with those slots replaced, from the first to before the last; a loop too."""
-    if not len(new):
-        return values
-    put = lambda i, values: jax.lax.dynamic_update_index_in_dim(values, _at(new, i), slots[0] + i, 0)  # noqa: E731
-    return jax.lax.fori_loop(0, slots[1] - slots[0], put, values)
+    return jax.lax.fori_loop(0, slots[1] - slots[0], put, store)
 
 
-def _take(values: Array, slots: tuple[Any, Any], width: int) -> Array:
-    """Those slots, and whatever is behind them, up to so many."""
-    return jnp.stack([_at(values, slots[0] + i) for i in range(width)]) if width else values[:0]
+def _clear(store: Array, first: Int[Array, ""], count: Int[Array, ""]) -> Array:
+    """`store` with so many zeros."""
+    zero = jnp.zeros(store.shape[1:], store.dtype)
+    put = lambda i, store: jax.lax.dynamic_update_index_in_dim(store, zero, first + i, 0)  # noqa: E731
+    return jax.lax.fori_loop(0, count, put, store)
+
+
+def _take(store: Array, first: Int[Array, ""], count: int) -> Array:
+    """So many slots from `first` on."""
+    return jnp.stack([_at(store, first + i) for i in range(count)]) if count else store[:0]
 
 
 def _spec(spec: PartitionSpec) -> PartitionSpec:
