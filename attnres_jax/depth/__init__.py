@@ -17,7 +17,7 @@ from attnres_jax.depth.options import DEFAULTS, Options, check
 from attnres_jax.depth.residual import Residual
 from attnres_jax.depth.rezero import ReZero
 from attnres_jax.depth.rms_block import RMSBlock
-from attnres_jax.depth.scan import REMAT_POLICIES, Place, Rule, Segment, Window, depth_scan, num_appended
+from attnres_jax.depth.scan import REMAT_POLICIES, Part, Place, Rule, Segment, Window, depth_scan, num_appended
 from attnres_jax.depth.sites import Sites
 
 RULES = {
@@ -66,6 +66,7 @@ __all__ = [
     "Block",
     "Full",
     "Options",
+    "Part",
     "Place",
     "Residual",
     "Rule",

@@ -70,6 +70,21 @@ class Place(NamedTuple):
         return source if self.window is None else self.window.first + source
 
 
+class Part(NamedTuple):
+    """A part of a stack of blocks.
+
+    Attributes:
+      place: where it stands.
+      starts: for each kind, where in its stack the part's sublayers begin.
+      complete: whether the bank holds already what the part appends, from a pass before. Nothing is appended then, and
+        where blocks recompute everything, nothing but the backward pass is left to do.
+    """
+
+    place: Place
+    starts: Mapping[str, Int[Array, ""]]
+    complete: bool
+
+
 @runtime_checkable
 class Rule(Protocol):
     """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; None where a rule has none."""
@@ -124,8 +139,8 @@ def depth_scan(
     context: PyTree = None,
     *,
     remat: str = "none",
-    at: Place | None = None,
-) -> tuple[PyTree, PyTree, list[tuple[PyTree, ...]]]:
+    part: Part | None = None,
+) -> tuple[PyTree, ...]:
     """Runs all blocks of all segments. Differentiable in `stacks`, `sites`, `stream` and `bank`, not in `context`.
 
     Args:
@@ -138,14 +153,17 @@ def depth_scan(
       bank: the slots complete before the first block, along a leading axis, or None.
       context: what every sublayer sees (positions, masks, ...).
       remat: what the blocks keep for the backward pass, a key of `REMAT_POLICIES`.
-      at: for a part of a stack, where it stands. The bank, in and out, is then the bare sources, with room for all that
-        the part appends. None: the stack from its start.
+      part: of a stack; None: the whole. The bank, in and out, is then the bare sources, with room for all that the part
+        appends, and the stacks come back too: to their cotangent, which may be of other passes, that of this pass is
+        added in place.
 
     Returns:
-      The stream, the bank with all slots, and for each segment the sublayers' reports, a leading axis for the blocks.
+      The stream, the bank with all slots, for each segment the sublayers' reports, a leading axis for the blocks, and
+      of a part the stacks.
 
     Raises:
-      ValueError: if two sublayers share a place in a stack; their gradients would overwrite each other.
+      ValueError: if two sublayers share a place in a stack, so that their gradients would overwrite each other, or the
+        blocks of a part have not their sublayers of a kind side by side.
     """
     used = [
         (kind, slot)
@@ -155,43 +173,48 @@ def depth_scan(
     ]
     if len(set(used)) < len(used):
         raise ValueError(f"a sublayer's parameters are used twice: {max(used, key=used.count)}; give each its own slot")
+    if part and not all(_in_order(segment) for segment in segments):
+        raise ValueError("a block of a part of a stack needs its sublayers of a kind side by side in their stack")
     rules = [rule.part(segment) for segment in segments]
     appended = [part.num_appended(len(segment.kinds)) for part, segment in zip(rules, segments, strict=True)]
-    capacity = _length(bank) + (num_appended(rule, segments) if at is None else 0)
-    numbers = None if at is None else jax.tree.map(jnp.asarray, (at.site, at.num_valid, at.window and at.window.first))
+    total = num_appended(rule, segments)
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
+    window = part and part.place.window
+    numbers = part and (part.place.site, part.place.num_valid, window and window.first, part.starts)
+    numbers = jax.tree.map(jnp.asarray, numbers)
 
-    def part_at(numbers) -> Place:
-        site, num_valid, first = numbers
-        return Place(site, num_valid, at.num_sites, at.window and Window(first, at.window.size))
+    def place_of(numbers, num_sites: int, site=None, num_valid=None) -> Place:
+        """The part's place, or that of a block of it."""
+        own = (site, num_valid) if numbers is None or site is not None else numbers[:2]
+        return Place(*own, num_sites, window and Window(numbers[2], window.size))
 
     def places_of(numbers, site) -> list[tuple[Any, Any, Any]]:
         """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
         places, num_valid = [], _length(bank_in) if numbers is None else numbers[1]
         for segment, slots in zip(segments, appended, strict=True):
             blocks, sites = segment.slots.shape
-            steps = np.arange(blocks, dtype=np.int32)
-            places.append((segment.slots.astype(np.int32), site + sites * steps, num_valid + slots * steps))
+            steps, own = np.arange(blocks, dtype=np.int32), segment.slots.astype(np.int32)
+            own = own if numbers is None else own + jnp.stack([numbers[3][kind] for kind in segment.kinds])
+            places.append((own, site + sites * steps, num_valid + slots * steps))
             site, num_valid = site + sites * blocks, num_valid + slots * blocks
         return places
-
-    def block_at(numbers, site, num_valid, segment: Segment) -> Place:
-        return Place(site, num_valid, len(segment.kinds), None if numbers is None else part_at(numbers).window)
 
     def forward(stacks, sites, stream, bank, where, save):
         context, numbers = where
         if numbers is None:
-            room = lambda x: jnp.zeros((capacity, *x.shape[1:]), x.dtype).at[: len(x)].set(x)  # noqa: E731
+            room = lambda x: jnp.zeros((_length(x) + total, *x.shape[1:]), x.dtype).at[: len(x)].set(x)  # noqa: E731
             site, bank = 0, jax.tree.map(room, bank)
         else:
-            sites, bank, site = rule.enter(sites, bank, part_at(numbers))
+            known = place_of(numbers, part.place.num_sites)
+            known = known._replace(num_valid=known.num_valid + total) if part.complete else known
+            sites, bank, site = rule.enter(sites, bank, known)
         places, entered = places_of(numbers, site), (sites, site)
         reports, saved = [], []
         for index, segment in enumerate(segments):
 
             def run_block(carry, at, index=index, segment=segment):
                 stream, bank = carry
-                rule, slots, place = rules[index], at[0], block_at(numbers, *at[1:], segment)
+                rule, slots, place = rules[index], at[0], place_of(numbers, len(segment.kinds), *at[1:])
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment, call, place, context, remat if save else "none")
@@ -200,7 +223,8 @@ def depth_scan(
                     structures[index], kept = _strip(pullback, (sites, view, parameters, context, new))
                 else:
                     (stream, new, report), kept = block(sites, stream, view, parameters), None
-                return (stream, _append(bank, new, place.slot(place.num_valid))), (report, kept)
+                bank = bank if part and part.complete else _append(bank, new, place.slot(place.num_valid))
+                return (stream, bank), (report, kept)
 
             if segment.opened or not segment.closed:  # its stream is of another kind before than after: no carry
                 (stream, bank), out = run_block(
@@ -215,29 +239,31 @@ def depth_scan(
 
     @jax.custom_vjp
     def run(stacks, sites, stream, bank, where):
-        return bare(forward(stacks, sites, stream, bank, where, save=False)[0])
+        return result(stacks, forward(stacks, sites, stream, bank, where, save=False)[0])
 
-    def bare(out):
+    def result(stacks, out):
         stream, bank, reports = out
-        return stream, bank if at is None else rule.sources(bank), reports
+        return out if part is None else (stream, rule.sources(bank), reports, stacks)
 
     def run_forward(stacks, sites, stream, bank, where):
         out, saved = forward(stacks, sites, stream, bank, where, save=True)
-        return bare(out), (stacks, sites, where, saved)
+        return result(stacks, out), (stacks, sites, where, saved)
 
     def run_backward(residuals, cotangents):
         stacks, all_sites, (context, numbers), ((sites, site), bank, saved) = residuals
-        stream_bar, bank_bar, reports_bar = cotangents
-        if numbers is not None:
-            (bank_bar,) = jax.vjp(rule.sources, bank)[1](bank_bar)
-        places = places_of(numbers, site)
-        stacks_bar, sites_bar = (jax.tree.map(jnp.zeros_like, parameters) for parameters in (stacks, sites))
+        if part is None:
+            stream_bar, bank_bar, reports_bar = cotangents
+            stacks_bar, put = jax.tree.map(jnp.zeros_like, stacks), _put
+        else:
+            stream_bar, values_bar, reports_bar, stacks_bar = cotangents
+            (bank_bar,), put = jax.vjp(rule.sources, bank)[1](values_bar), _add
+        places, sites_bar = places_of(numbers, site), jax.tree.map(jnp.zeros_like, sites)
         for index, segment in reversed(list(enumerate(segments))):
 
             def run_block(carry, at, index=index, segment=segment):
                 stream_bar, bank_bar, new_bar, stacks_bar, sites_bar = carry
                 (slots, *where), kept, report_bar = at
-                rule, place = rules[index], block_at(numbers, *where, segment)
+                rule, place = rules[index], place_of(numbers, len(segment.kinds), *where)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
                 new = _slots_from(place.slot(place.num_valid), appended[index], bank)
@@ -247,11 +273,11 @@ def depth_scan(
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
                 new_bar = _slots_from(place.slot(place.num_valid - appended[index]), appended[index], bank_bar)
-                stacks_bar = _put(stacks_bar, segment.kinds, slots, parameters_bar)
+                stacks_bar = put(stacks_bar, segment.kinds, slots, parameters_bar)
                 sites_bar = jax.tree.map(lambda *bars: sum(bars), sites_bar, site_bar, read_bar)
                 return (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar), None
 
-            last = block_at(numbers, 0, jnp.asarray(places[index][2][-1]), segment)
+            last = place_of(numbers, 0, 0, jnp.asarray(places[index][2][-1]))
             new_bar = _slots_from(last.slot(last.num_valid), appended[index], bank_bar)
             carry = (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar)
             at_blocks = (places[index], saved[index], reports_bar[index])
@@ -260,13 +286,12 @@ def depth_scan(
             else:
                 carry, _ = jax.lax.scan(run_block, carry, at_blocks, reverse=True)
             stream_bar, bank_bar, _, stacks_bar, sites_bar = carry
-        if numbers is None:
+        if part is None:
             bank_bar = jax.tree.map(lambda bars, slots: bars[: len(slots)], bank_bar, bank_in)
         else:  # what was appended had taken the place of what was there
-            place, count = part_at(numbers), num_appended(rule, segments)
-            bank_bar = _append(
-                bank_bar, [jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)] * count, place.slot(place.num_valid)
-            )
+            place = place_of(numbers, part.place.num_sites)
+            zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)
+            bank_bar = _append(bank_bar, [zero] * total, place.slot(place.num_valid))
             sites_bar, bank_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
         return stacks_bar, sites_bar, stream_bar, bank_bar, None
 
@@ -333,6 +358,11 @@ def _strip(pullback: Callable, known: PyTree) -> tuple[_Structure, list[Array]]:
     return _Structure(treedef, tuple(places[id(leaf)] for leaf in leaves)), kept
 
 
+def _in_order(segment: Segment) -> bool:
+    own = [segment.slots[:, [i for i, kind in enumerate(segment.kinds) if kind == each]] for each in segment.kinds]
+    return all((np.diff(slots, axis=1) == 1).all() for slots in own)
+
+
 def _only(blocks: PyTree) -> PyTree:
     """Of a segment of one block that block."""
     return jax.tree.map(lambda x: jnp.asarray(x)[0], blocks)
@@ -370,4 +400,17 @@ def _put(stacks, kinds, slots, parameters):
     for i, kind in enumerate(kinds):
         put = lambda stack, own, slot=slots[i]: jax.lax.dynamic_update_index_in_dim(stack, own, slot, 0)  # noqa: E731
         stacks = {**stacks, kind: jax.tree.map(put, stacks[kind], parameters[i])}
+    return stacks
+
+
+def _add(stacks, kinds, slots, parameters):
+    """The same, added: for each kind at once, since XLA would copy a stack that it updates in two places."""
+    for kind in dict.fromkeys(kinds):
+        own = [i for i, other in enumerate(kinds) if other == kind]
+
+        def put(stack, *new, start=slots[own[0]]):
+            old = jax.lax.dynamic_slice_in_dim(stack, start, len(new))
+            return jax.lax.dynamic_update_slice_in_dim(stack, old + jnp.stack(new), start, 0)
+
+        stacks = {**stacks, kind: jax.tree.map(put, stacks[kind], *[parameters[i] for i in own])}
     return stacks

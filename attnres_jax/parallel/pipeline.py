@@ -28,7 +28,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from attnres_jax.axes import HIDDEN, constrain, mesh_platform
 from attnres_jax.config import PipelineConfig, TrainingConfig
-from attnres_jax.depth import Place, Window, depth_scan
+from attnres_jax.depth import Part, Place, Window, depth_scan
 from attnres_jax.layers import RouterReport
 from attnres_jax.layers.router import weigh
 from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_in_order
@@ -123,11 +123,11 @@ class _Engine:
         stores = {
             "bank": self.store(self.ticks.sizes["bank"] * self.slots, like=self.h),
             "bars": self.store(self.ticks.sizes["bank"] * self.slots, like=self.h),
-            "h_bars": self.store(self.ticks.sizes["h_bars"], like=self.h),
+            "turned": self.store(self.ticks.sizes["turned"], like=self.stream) if self.begins else None,
             "streams": self.store(self.ticks.sizes["streams"], like=self.stream),
         }
         inbox = self.store(self.width, like=self.h), self.store(like=self.stream)
-        router = self.router_sums(self.schedule.virtual)
+        router = self.router_sums()
         sums = dict.fromkeys(("nll", "log_z_squared", "bytes"), jnp.float32(0)) | {"router": router}
         carry = stores, inbox, inbox, (zeros(stacks), zeros(held)), sums
         tick = partial(self.tick, stacks, held, batch, token_bytes, total_weight)
@@ -150,7 +150,7 @@ class _Engine:
     def tick(self, stacks, held, batch, token_bytes, total_weight, carry, row):
         """Embedding, a chunk forward, head, a chunk backward, the embedding's gradient, sends."""
         stores, (slots, stream), (slots_bar, stream_bar), (stacks_bar, held_bar), sums = carry
-        bank, bars, h_bars, streams = (stores[name] for name in ("bank", "bars", "h_bars", "streams"))
+        bank, bars, turned, streams = (stores[name] for name in ("bank", "bars", "turned", "streams"))
         embedding, table, sites, final_norm = held
         embedding_bar, table_bar, sites_bar, final_norm_bar = held_bar
         stage = jax.lax.axis_index(AXIS)
@@ -171,13 +171,13 @@ class _Engine:
 
         def forward(structure: Chunk, _: Array, carry: Any) -> Any:
             bank, _, stream, _, router = carry
-            run = self.chunk(structure, chunk, first, self.context(batch, micro), "none")
-            values, stream, reports = run(self.own(stacks, chunk), sites, self.values(bank, first), stream)
-            bank = self.put_values(bank, first, values)
+            run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
+            stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
+            bank = self.put_values(bank, first, values) if self.has_bank else bank
             slots = _take(bank, first + self.span(chunk + 1)[0], self.width)
-            end = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
-            h = jax.lax.cond(chunk == last, end, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-            return bank, slots, stream, h, self.add(router, self.weighted(structure, reports), chunk)
+            read = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
+            h = jax.lax.cond(chunk == last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
+            return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk)
 
         nothing = jnp.zeros(self.h.shape, self.h.dtype)
         carry = self.work(row["forward.work"], forward, (bank, slots, stream, nothing, sums["router"]))
@@ -198,48 +198,47 @@ class _Engine:
         terms, h_bar, bar = jax.lax.cond(row["head.micro"] != IDLE, turn, go_on)
         sums |= {key: sums[key] + term for key, term in zip(("nll", "log_z_squared", "bytes"), terms, strict=True)}
         table_bar = jax.tree.map(jnp.add, table_bar, bar)
-        h_bars = _replace(h_bars, row["head.h_bar"], h_bar)
+
+        def turn_back(i: Int[Array, ""], carry: Any) -> Any:
+            bars, turned, sites_bar, norm_bar = carry
+            window = self.window(bank, first + i)  # i is 0: what does not depend on it XLA takes out of the loop
+            site_bar, own_bar, window_bar, stream_bar = self.readout(sites, final_norm, window, stream)[1](h_bar)
+            if self.has_bank:
+                bars = _write(bars, first, (0, self.slots), window_bar)
+            put = lambda store, x: _replace(store, row["head.turned"], x)  # noqa: E731
+            turned = jax.tree.map(put, turned, stream_bar) if self.begins else turned
+            return bars, turned, *jax.tree.map(jnp.add, (sites_bar, norm_bar), (site_bar, own_bar))
+
+        ours = (row["head.micro"] != IDLE) & (chunk == last)
+        carry = _when(ours, turn_back, (bars, turned, sites_bar, final_norm_bar))
+        bars, turned, sites_bar, final_norm_bar = carry
 
         # Backward, of what has come from the stage behind.
         chunk, micro, first = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
 
         def backward(structure: Chunk, _: Array, carry: Any) -> Any:
-            bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, norm_bar = carry
+            bars, slots_bar, stream_bar, stacks_bar, sites_bar = carry
+            run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True)
             stream = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
-            run = self.chunk(structure, chunk, first, self.context(batch, micro), self.config.remat)
-            own = self.own(stacks, chunk), sites, self.values(bank, first), stream
-            (values, after, reports), pullback = jax.vjp(run, *own)
-            bank = self.put_values(bank, first, values)
+            (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
             kept = self.kept(chunk)
-            bars = _clear(bars, first, jnp.where(kept == 0, self.slots, 0))
+            bars = _clear(bars, first, jnp.where((kept == 0) & (chunk != last), self.slots, 0))
             bars = _add(bars, first, self.span(chunk + 1), slots_bar, kept)
-
-            def turn(i: Int[Array, ""], carry: Any) -> Any:
-                bars, _, sites_bar, norm_bar = carry
-                window = self.window(bank, first + i)  # i is 0: what does not depend on it XLA takes out of the loop
-                pullback = self.readout(sites, final_norm, window, after)[1]
-                *own, window_bar, stream_bar = pullback(_at(h_bars, row["backward.h_bar"]))
-                sites_bar, norm_bar = jax.tree.map(jnp.add, (sites_bar, norm_bar), tuple(own))
-                if self.has_bank:
-                    bars = _add(bars, first, (0, self.slots), window_bar)
-                return bars, stream_bar, sites_bar, norm_bar
-
-            bars, stream_bar, sites_bar, norm_bar = _when(chunk == last, turn, (bars, stream_bar, sites_bar, norm_bar))
+            if self.begins:
+                turn = lambda store, x: jnp.where(chunk == last, _at(store, row["backward.turned"]), x)  # noqa: E731
+                stream_bar = jax.tree.map(turn, turned, stream_bar)
             share = jnp.sum(of("weights", micro)) / total_weight
-            own_bar, site_bar, values_bar, stream_bar = pullback(
-                (self.values(bars, first), stream_bar, self.reports_bar(reports, share))
+            reports_bar = self.reports_bar(reports, share)
+            stacks_bar, site_bar, values_bar, stream_bar = pullback(
+                (stream_bar, self.values(bars, first), reports_bar, stacks_bar)
             )
             bars = self.put_values(bars, first, values_bar)
             slots_bar = _take(bars, first + self.span(chunk)[0], self.width)
-            stacks_bar = {kind: self.add(stacks_bar[kind], own_bar[kind], chunk) for kind in stacks_bar}
-            sites_bar = jax.tree.map(jnp.add, sites_bar, site_bar)
-            return bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, norm_bar
+            return bars, slots_bar, stream_bar, stacks_bar, jax.tree.map(jnp.add, sites_bar, site_bar)
 
-        carry = bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, final_norm_bar
+        carry = bars, slots_bar, stream_bar, stacks_bar, sites_bar
         carry = self.work(row["backward.work"], backward, carry)
-        bank, bars, slots_bar, stream_bar, stacks_bar, sites_bar, final_norm_bar = self.idle(
-            row["backward.work"], carry, (2, 3)
-        )
+        bars, slots_bar, stream_bar, stacks_bar, sites_bar = self.idle(row["backward.work"], carry, (1, 2))
 
         # A microbatch ends: its embedding's gradient, on every stage.
         def end() -> Any:
@@ -250,8 +249,8 @@ class _Engine:
         bar = jax.lax.cond(row["end.micro"] != IDLE, end, zeros)
         embedding_bar = jax.tree.map(jnp.add, embedding_bar, bar)
 
-        # XLA on CPU starts conditions that do not depend on each other in any order, and devices that wait for each other
-        # in different ones wait for ever. There each waits for the one before: no token is below zero, but who knows.
+        # XLA on CPU starts conditions that do not depend on each other in any order, and devices that wait in different
+        # ones for each other wait for ever. There each waits for the one before: no token is below 0, but who knows.
         def after(which: Int[Array, ""], result: PyTree) -> Int[Array, ""]:
             leaf = next((x for x in jax.tree.leaves(result) if x.size), None)
             if leaf is None or mesh_platform() != "cpu":
@@ -263,26 +262,31 @@ class _Engine:
         inbox = send(ahead, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
         which = after(row["backward.send"], inbox)
         inbox_bar = send(back, which, slots_bar, stream_bar, axis=AXIS, backward=True)
-        stores = {"bank": bank, "bars": bars, "h_bars": h_bars, "streams": streams}
+        stores = {"bank": bank, "bars": bars, "turned": turned, "streams": streams}
         held_bar = embedding_bar, table_bar, sites_bar, final_norm_bar
         return (stores, inbox, inbox_bar, (stacks_bar, held_bar), sums), None
 
     # A chunk.
 
     def chunk(
-        self, structure: Chunk, chunk: Int[Array, ""], first: Int[Array, ""], context: Any, remat: str
+        self, structure: Chunk, chunk: Int[Array, ""], first: Int[Array, ""], context: Any, *, complete: bool
     ) -> Callable:
-        """A chunk as a function of everything that it is differentiated in, but for the readout behind the last."""
+        """A chunk as a function of everything that it is differentiated in; `complete`: for the sake of that alone."""
         table = np.array([(c.first_site, c.num_valid) for c in self.chunks], np.int32)
         first_site, num_valid = jnp.asarray(table)[chunk]
         window = Window(first, self.slots) if self.rule.windowed else None
-        place = Place(first_site, num_valid, structure.num_sites, window)
+        turn = chunk // self.schedule.stages
+        part = Part(
+            Place(first_site, num_valid, structure.num_sites, window),
+            {kind: turn * count for kind, count in self.counts.items()},
+            complete,
+        )
 
         def run(stacks, sites, values, stream):
             if self.begins:
                 begun, _ = self.rule.begin(sites, values[0])
                 stream = jax.tree.map(lambda begun, x: jnp.where(chunk == 0, begun, x), begun, stream)
-            after, bank, reports = depth_scan(
+            after, bank, reports, stacks = depth_scan(
                 self.rule,
                 structure.segments,
                 call_sublayer,
@@ -291,11 +295,11 @@ class _Engine:
                 stream if self.begins or structure.opened else None,
                 values if self.has_bank else None,
                 context,
-                remat=remat,
-                at=place,
+                remat=self.config.remat,
+                part=part,
             )
             after = jax.tree.map(jnp.zeros_like, stream) if after is None else after
-            return bank if self.has_bank else values, after, reports
+            return after, bank if self.has_bank else values, reports, stacks
 
         return run
 
@@ -347,25 +351,6 @@ class _Engine:
         keys = "inputs", "segment_ids", "positions"
         return self.model.context(*(jax.lax.dynamic_index_in_dim(batch[key], micro, keepdims=False) for key in keys))
 
-    def own(self, stacks: Mapping[str, PyTree], chunk: Int[Array, ""]) -> dict[str, PyTree]:
-        """A chunk's parameters, of those of the stage."""
-        turn = chunk // self.schedule.stages
-
-        def take(n: int) -> Callable:
-            return lambda x: jax.lax.dynamic_slice_in_dim(x, turn * n, n)
-
-        return {kind: jax.tree.map(take(self.counts[kind]), stack) for kind, stack in stacks.items()}
-
-    def add(self, totals: PyTree, bars: PyTree, chunk: Int[Array, ""]) -> PyTree:
-        """The transpose of `own`, added."""
-        turn = chunk // self.schedule.stages
-
-        def put(total: Array, bar: Array) -> Array:
-            old = jax.lax.dynamic_slice_in_dim(total, turn * len(bar), len(bar))
-            return jax.lax.dynamic_update_slice_in_dim(total, old + bar, turn * len(bar), 0)
-
-        return jax.tree.map(put, totals, bars)
-
     def span(self, chunk: Int[Array, ""]) -> tuple[Int[Array, ""], Int[Array, ""]]:
         """The slots that the hop into a chunk carries: the first, and one past the last; none for an idle stage."""
         known = (chunk > 0) & (chunk < len(self.chunks))
@@ -383,22 +368,27 @@ class _Engine:
 
     # Routers.
 
-    def router_sums(self, turns: int) -> RouterReport | None:
-        """Zeros for the reports of so many chunks."""
-        count = turns * self.counts.get("moe", 0)
+    def router_sums(self) -> RouterReport | None:
+        """Zeros for the reports of a stage's chunks."""
+        count = self.schedule.virtual * self.counts.get("moe", 0)
         if not count:
             return None
         scalar = jnp.zeros(count)
         load = jnp.zeros((count, self.config.moe.num_experts))
         return RouterReport(**{name: load if name == "load" else scalar for name in RouterReport._fields})
 
-    def weighted(self, structure: Chunk, reports: Any) -> RouterReport | None:
-        """A chunk's reports times their numbers of tokens, zeros for layers that other chunks have more."""
-        zeros, report = self.router_sums(1), reports_in_order(structure.segments, reports)
+    def add_reports(
+        self, sums: RouterReport | None, structure: Chunk, reports: Any, chunk: Int[Array, ""]
+    ) -> RouterReport | None:
+        """A chunk's reports times their numbers of tokens, added in their places."""
+        report = reports_in_order(structure.segments, reports)
         if report is None:
-            return zeros
-        report = weigh(report)
-        return jax.tree.map(lambda zero, own: zero.at[: len(own)].set(own), zeros, report)
+            return sums
+        start = chunk // self.schedule.stages * self.counts["moe"]
+        put = lambda sums, new: jax.lax.dynamic_update_slice_in_dim(  # noqa: E731
+            sums, jax.lax.dynamic_slice_in_dim(sums, start, len(new)) + new, start, 0
+        )
+        return jax.tree.map(put, sums, weigh(report))
 
     def reports_bar(self, reports: Any, share: Float[Array, ""]) -> Any:
         """The cotangent of a chunk's reports, of a microbatch with this share of the weights."""

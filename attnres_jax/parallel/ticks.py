@@ -47,7 +47,7 @@ def make_ticks(schedule: Schedule, chunks: Sequence[Chunk], transport: str, *, h
     begins, turned = forward[:, 0].tolist(), forward[:, -1].tolist()
     returned, ends = backward[:, -1].tolist(), backward[:, 0].tolist()
     bank = places(list(zip(begins, ends, strict=True)))
-    h_bars = places(list(zip(turned, returned, strict=True)))
+    back = places(list(zip(turned, returned, strict=True)))
     kept = np.zeros((micros, count), np.int32)
     for stage in range(stages):
         units = [(m, c) for m in range(micros) for c in range(stage, count, stages)]
@@ -70,11 +70,11 @@ def make_ticks(schedule: Schedule, chunks: Sequence[Chunk], transport: str, *, h
         rows[f"{name}.stream"] = by_stage(table, lambda m, c: kept[m, c])
         options, rows[f"{name}.send"] = patterns(schedule, spans, streams, backward=name == "backward")
         sends[name == "backward"] = options
-    rows["backward.h_bar"] = by_stage(schedule.backward, lambda m, c: h_bars[m])
+    rows["backward.turned"] = by_stage(schedule.backward, lambda m, c: back[m])
     rows["embed.micro"], rows["embed.bank"] = by_tick(begins, lambda m: m), by_tick(begins, lambda m: bank[m])
-    rows["head.micro"], rows["head.h_bar"] = by_tick(turned, lambda m: m), by_tick(turned, lambda m: h_bars[m])
+    rows["head.micro"], rows["head.turned"] = by_tick(turned, lambda m: m), by_tick(turned, lambda m: back[m])
     rows["end.micro"], rows["end.bank"] = by_tick(ends, lambda m: m), by_tick(ends, lambda m: bank[m])
-    stores = {"bank": bank, "h_bars": h_bars, "streams": kept.ravel().tolist()}
+    stores = {"bank": bank, "turned": back, "streams": kept.ravel().tolist()}
     return Ticks(spans, rows, {name: max(used) + 1 for name, used in stores.items()}, sends)
 
 
