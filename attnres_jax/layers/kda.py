@@ -115,6 +115,7 @@ class KDA(nnx.Module):
 
     def _run(self, h, state: KDAState, segment_ids: Int[Array, "B T"] | None):
         x = constrain(self.norm(h), "batch", None, None)
+        segment_ids = None if segment_ids is None else constrain(segment_ids, "batch", None)
         inputs = zip((self.query, self.key, self.value), self._convolutions(), state[:3], strict=True)
         (q, *q_inputs), (k, *k_inputs), (v, *v_inputs) = (
             conv(constrain(linear(x), "batch", None, "heads"), past, segment_ids) for linear, conv, past in inputs

@@ -125,9 +125,6 @@ def _pipeline_problems(config: Config, sizes: Sizes) -> Iterator[str]:
     stages = sizes["stage"]
     if stages == 1:
         return
-    if sizes["context"] > 1 and "kda" in attention_kinds(config.model):
-        # XLA shifts their convolutions' input by a permutation among all devices, and stages at other work do not join.
-        yield f"mesh.context={sizes['context']} does not go with kda layers in a pipeline, mesh.stage={stages}"
     model, pipeline, micro_batches = config.model, config.pipeline, config.training.accumulation
     try:
         make_schedule(pipeline.schedule, stages, pipeline.virtual_stages, micro_batches)

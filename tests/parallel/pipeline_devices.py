@@ -131,6 +131,7 @@ KIMI = [
         (3, 2, "1f1b", 2, 2, 1, (("fsdp", 2), ("tensor", 2))),
         (3, 2, "gpipe", 2, 2, 1, (("expert", 2), ("tensor", 2))),
         (7, 2, "interleaved_1f1b", 2, 2, 2, (("data", 2),)),
+        (3, 2, "1f1b", 2, 2, 1, (("context", 2), ("tensor", 2))),
     )
 ]
 OTHERS = [

@@ -74,11 +74,6 @@ def test_the_default_is_data_parallelism_over_whatever_there_is():
         (config_of(accumulation=4, data=2, fsdp=2), 4, "4 micro-batches; data.batch_size=16 would"),
         (config_of(batch=8), 7, "no mesh of 7 devices works; nearest: 4 devices"),
         (
-            config_of(ModelConfig(attention_layers="kda"), stage=2, context=2),
-            4,
-            "mesh.context=2 does not go with kda layers in a pipeline, mesh.stage=2; nearest: mesh.",
-        ),
-        (
             config_of(ModelConfig(num_layers=3), stage=4),
             4,
             "mesh.stage=4: 3 layers in 4 runs of 1 leave the last without",
