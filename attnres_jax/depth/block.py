@@ -79,7 +79,7 @@ class Block:
         )
         denominator_bar = jnp.stack([state.denominator for state in view_bar])
         sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
-        where = place.slot(0), place.site, *[0] * (logits_bar.ndim - 2)
+        where = [jnp.asarray(i, jnp.int32) for i in (place.slot(0), place.site, *[0] * (logits_bar.ndim - 2))]
         logits_bar = jax.lax.dynamic_update_slice(bank_bar.logits, _logits(bank_bar, place) + logits_bar, where)
         return sites_bar, Bank(values_bar, logits_bar)
 
