@@ -55,7 +55,7 @@ from attnres_jax.training import retain_host_memory
 
 PARTS = flags.DEFINE_list("parts", ["transport", "memory", "bubble", "overhead"], "Which parts.")
 WIDTH = flags.DEFINE_integer("width", 512, "Model width of `overhead` and `bubble`.")
-TOKENS = flags.DEFINE_integer("tokens", 256, "Tokens of a microbatch there.")
+TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens of a microbatch of `overhead`.")
 PAIRS = flags.DEFINE_integer("pairs", 3, "Rounds of `overhead`, each arm once.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -105,7 +105,7 @@ def transport() -> list[tuple]:
 
 def memory() -> list[tuple]:
     """Temporary bytes of a device, by number of microbatches."""
-    print("\nTemporary memory of a device in hidden states [b, T, D], P=4, 16 layers of width 64, 64 tokens")
+    print("\nTemporary memory of a device in hidden states [b, T, D], P=4, 16 layers of width 256, 64 tokens")
     arms = [("gpipe", 1), ("1f1b", 1), ("interleaved_1f1b", 2)]
     micros = (8, 16, 32, 64)
     print(f"{'schedule':18}{'rule':>10}" + "".join(f"{f'M={m}':>9}" for m in micros))
@@ -114,9 +114,9 @@ def memory() -> list[tuple]:
         for rule in ("residual", "block"):
             values = []
             for count in micros:
-                config = small(4, virtual, count, schedule=schedule, rule=rule, width=64, tokens=64, layers=16)
+                config = small(4, virtual, count, schedule=schedule, rule=rule, width=256, tokens=64, layers=16)
                 program = compile_on(config)[0]
-                values.append(program.memory_analysis().temp_size_in_bytes / (64 * 64 * 4))
+                values.append(program.memory_analysis().temp_size_in_bytes / (64 * 256 * 4))
                 figures.append((f"memory/{schedule}/{rule}/M{count}", values[-1], "hidden states"))
             print(f"{schedule:18}{rule:>10}" + "".join(f"{value:9.1f}" for value in values))
     return figures
@@ -124,10 +124,10 @@ def memory() -> list[tuple]:
 
 def bubble() -> list[tuple]:
     """Time by number of microbatches on two stages, one thread each."""
-    print(f"\nA step on P=2 stages, 8 layers of width {WIDTH.value}, {TOKENS.value} tokens, a thread each")
+    print(f"\nA step on P=2 stages, 8 layers of width {WIDTH.value}, 256 tokens, a thread each")
     counts, seconds = (2, 4, 8, 16), {}
     for count in counts:
-        config = small(2, 1, count, schedule="1f1b", rule="block", width=WIDTH.value, tokens=TOKENS.value, layers=8)
+        config = small(2, 1, count, schedule="1f1b", rule="block", width=WIDTH.value, tokens=256, layers=8)
         seconds[count] = np.inf
         program, arguments = compile_on(config)
         for _ in range(2 + PAIRS.value):

@@ -1,10 +1,12 @@
 """Training through pipeline stages: loss and gradients of all microbatches, by a schedule, in one scan over its ticks.
 
 In every tick a stage runs one chunk forward for one microbatch and one backward for another, or skips what the schedule
-gives it no work for. A backward pass repeats the chunk's forward pass under `jax.vjp`, from what the stage keeps of a
-microbatch: the sources that have reached it, each once whatever the number of its chunks, and the chunk's stream. These
-and their cotangents are carries of a scan that nobody differentiates, in places that are free again when a microbatch
-is done, so that memory does not grow with the number of microbatches.
+gives it no work for. A backward pass repeats the chunk's forward pass under `jax.vjp`, as far as it needs it, from what
+the stage keeps of a microbatch: the sources that have reached it, each once whatever the number of its chunks, and the
+chunk's stream. These, their cotangents and the gradients are carries of a scan that nobody differentiates, in places
+that are free again when a microbatch is done, so that memory does not grow with the number of microbatches. They are
+large, and a chunk reads and updates them where they lie: rules whose sites read single slots (`windowed`) get the whole
+store and where in it the microbatch's sources begin, the others a copy of these.
 
     parameters    at rest cut in width, over `stage` as over `fsdp`, in the order of layers whatever the schedule; at
                   the start of a step an all-to-all brings each stage the layers of its chunks, at the end their
@@ -222,7 +224,8 @@ class _Engine:
             stream = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
             (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
             kept = self.kept(chunk)
-            bars = _clear(bars, first, jnp.where((kept == 0) & (chunk != last), self.slots, 0))
+            fresh = (kept == 0) & ~((chunk == last) & self.has_bank)  # of these the head's has been put there
+            bars = _clear(bars, first, jnp.where(fresh, self.slots, 0))
             bars = _add(bars, first, self.span(chunk + 1), slots_bar, kept)
             if self.begins:
                 turn = lambda store, x: jnp.where(chunk == last, _at(store, row["backward.turned"]), x)  # noqa: E731
