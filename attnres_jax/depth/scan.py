@@ -89,6 +89,9 @@ class Part(NamedTuple):
 class Rule(Protocol):
     """What the scan asks of a depth rule. `stream` has a fixed shape, `bank` grows; None where a rule has none."""
 
+    windowed: bool
+    """Whether it reads and writes no slots but those of `place.window`; else a bank holds a single pass's sources."""
+
     def read(self, sites: PyTree, bank: PyTree, place: Place) -> PyTree:
         """What the block's sites take from the first `place.num_valid` slots of the bank: the block's view."""
 
@@ -107,9 +110,6 @@ class Rule(Protocol):
 
     def part(self, segment: Segment) -> "Rule":
         """The rule for a block that begins or ends outside of `segment`, its partial sum in the stream."""
-
-    windowed: bool
-    """Whether it reads and writes no slots but those of `place.window`; else a bank holds a single pass's sources."""
 
     def enter(
         self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place
