@@ -1,6 +1,7 @@
 # ruff: noqa: E402
 """Shared by all tests: shapes are checked at run time, and compiled programs are kept between runs."""
 
+import gc
 import os
 from importlib.metadata import version
 from pathlib import Path
@@ -14,9 +15,21 @@ if version("jaxlib").startswith(
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 import jax
+import pytest
 from jaxtyping import install_import_hook
 
 install_import_hook("attnres_jax", "beartype.beartype")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Programs leave the process with the module that ran them.
+
+    Each maps some pages of its own, and Linux ends a process at its 65,530th map: a thousand tests come near to it.
+    """
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -18,6 +18,7 @@ def test_on_eight_devices(name, marks):
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
     plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
     command = [sys.executable, "-m", "pytest", "-q", *plugins, "-m", marks, str(tests)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    limit = 7200 if marks == "slow" else 1800  # seconds: devices that wait for each other would wait for ever
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
     print(run.stdout[-20_000:], run.stderr[-5_000:])
     assert run.returncode == 0

@@ -24,9 +24,10 @@ ABLATIONS = {
 
 @pytest.mark.parametrize("rule, options", [(rule, {}) for rule in RULES] + [("block", o) for o in ABLATIONS.values()])
 def test_200_small_steps_bring_the_loss_down(rule, options, overrides, tmp_path):
-    changes = [f"model.depth.{key}={value}" for key, value in options.items()]
+    changes = ["training.steps=200", "training.eval_every=100", "training.checkpoint_every=200"]
+    changes += [f"model.depth.{key}={value}" for key, value in options.items()]
     spec = f"{ROOT / 'configs' / 'tiny.py'}:residual={rule},block_size=2"
-    config = load_config(spec, [*overrides, *changes, "training.steps=200", "training.eval_every=100"])
+    config = load_config(spec, [*overrides, *changes])
     summary = train(config, tmp_path / "run")
     losses = [row["loss"] for row in history(tmp_path / "run") if row["kind"] == "train"]
     assert summary["status"] == "finished" and len(losses) == 200
