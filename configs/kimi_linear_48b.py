@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/kimi_linear_48b.py:residual=block --workdir=runs/kimi_linear_48b
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step takes 53 of 95 GB on each:
+Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step takes 54 of 95 GB on each:
           python -m attnres_jax.parallel.plan --config=configs/kimi_linear_48b.py --topology=v5p:4x4x4
             (benchmarks/results/plans-tpu.md)
 Time:     not measured
@@ -30,6 +30,7 @@ def get_config(argument: str = ""):
     block_size = sublayers_in_block(args.block_size, args.layers_per_block, default=6)
     config.model = ConfigDict(dataclasses.asdict(preset("kimi-linear-48b-a3b", args.residual, block_size)))
     config.model.remat = "full"
+    config.model.expert_exchange = "dense"  # routed, with room for the worst case, takes 100 GB on each
     config.data.update(sequence_length=4096, batch_size=2048)
     config.training.update(steps=119_209, accumulation=32, log_every=10, eval_every=1000, checkpoint_every=1000)
     config.mesh.update(fsdp=8, expert=8)  # 64 devices, a sequence on each

@@ -27,4 +27,13 @@ class Embedding(nnx.Module):
 
     def _table(self) -> Float[Array, "V D"]:
         """Whole in D: devices that split it have tokens of their own to look up."""
-        return constrain(self.table[...], "vocab", None)
+        return _whole(self.table[...])
+
+
+@jax.custom_vjp
+def _whole(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
+    """The table put together along D; its gradient is summed into the parts that devices keep, half as many bytes."""
+    return constrain(table, "vocab", None)
+
+
+_whole.defvjp(lambda table: (_whole(table), None), lambda _, table_bar: (constrain(table_bar, "vocab", "width"),))

@@ -4,6 +4,9 @@
                the same work, and inside tokens are exchanged over it.
     sequence   tokens by position, in hidden states and the bank: also over `tensor`, between the matmuls
     length     tokens by position inside a sublayer, where every device of `tensor` has its own heads of all of them
+    experts    the experts that a device of `expert` computes
+    expert_kernels  the experts whose parameters it keeps: fewer, where `fsdp` divides them further. Gradients are
+               summed into whole experts then; into parts of a width XLA on TPU sums only what is whole tiles
     width      of parameters: split over `fsdp`, and put together where they are used; those of no expert over `expert`
                too, whose devices have rows of their own like those of `fsdp`; and over `stage`, where a step of the
                pipeline begins with each stage getting its layers
@@ -32,6 +35,7 @@ TABLE: Table = (
     ("mlp", ("tensor",)),
     ("vocab", ("stage", "tensor")),
     ("experts", ("expert",)),
+    ("expert_kernels", ("expert", "fsdp")),
     ("width", ("stage", "fsdp", "expert")),
     ("rank", ("stage", "fsdp", "expert")),
 )
@@ -43,9 +47,9 @@ PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     ("*.moe.shared.*.kernel", ("width", "mlp")),
     ("*.moe.latent_up.kernel", (None, "width")),
     ("*.moe.router.kernel", ("width", None)),
-    ("*.moe.down.kernel", ("experts", "mlp", "width")),
-    ("*.moe.gate.kernel", ("experts", "width", "mlp")),
-    ("*.moe.up.kernel", ("experts", "width", "mlp")),
+    ("*.moe.down.kernel", ("expert_kernels", "mlp", "width")),
+    ("*.moe.gate.kernel", ("expert_kernels", "width", "mlp")),
+    ("*.moe.up.kernel", ("expert_kernels", "width", "mlp")),
     ("*.swiglu.down.kernel", ("mlp", "width")),
     ("*.swiglu.*.kernel", ("width", "mlp")),
     ("*.mla.latent.kernel", ("width", None)),

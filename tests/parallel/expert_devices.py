@@ -5,6 +5,7 @@ By itself: JAX_NUM_CPU_DEVICES=8 python -m pytest tests/parallel/expert_devices.
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -153,6 +154,15 @@ def test_a_model_with_routed_experts(sizes):
     assert relative(got_loss, loss) < 1e-6
     errors = {name: relative(leaf, named_leaves(gradients)[name]) for name, leaf in named_leaves(got).items()}
     assert max(errors.values()) < 3e-5, max(errors.items(), key=lambda item: item[1])
+
+
+def test_a_gradient_of_experts_is_summed_into_the_parts_that_devices_keep():
+    """Four experts over `expert` and `fsdp`, one on each device at rest; no sum of the two that it computes with."""
+    _, program, _ = on_mesh(mesh_of(MODEL, fsdp=2, expert=2), MODEL)
+    sums = re.findall(r"= (.*) (all-reduce|reduce-scatter)\(", program.as_text())
+    shapes = {kind: " ".join(shape for shape, of in sums if of == kind) for kind in ("all-reduce", "reduce-scatter")}
+    assert len(re.findall(r"f32\[1,(24,8|8,24)\]", shapes["reduce-scatter"])) == 3
+    assert not re.search(r"f32\[(\d+,)?2,(24,8|8,24)\]", shapes["all-reduce"])
 
 
 def test_what_training_reports(tmp_path_factory):
