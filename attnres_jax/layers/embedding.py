@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.axes import HIDDEN, ROW, constrain
@@ -36,4 +37,10 @@ def _whole(table: Float[Array, "V D"]) -> Float[Array, "V D"]:
     return constrain(table, "vocab", None)
 
 
-_whole.defvjp(lambda table: (_whole(table), None), lambda _, table_bar: (constrain(table_bar, "vocab", "width"),))
+def _parts(_, table_bar):
+    if AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types:  # where XLA fails to split a scatter by itself
+        table_bar = constrain(table_bar, "vocab", None)
+    return (constrain(table_bar, "vocab", "width"),)
+
+
+_whole.defvjp(lambda table: (_whole(table), None), _parts)
