@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from attnres_jax.axes import HIDDEN, constrain, mesh_platform
 from attnres_jax.config import PipelineConfig, TrainingConfig
@@ -37,6 +37,7 @@ from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_i
 from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
+from attnres_jax.parallel.stores import add_slots, clear_slots, replace_slot, run_if, slot_at, take_slots, write_slots
 from attnres_jax.parallel.ticks import make_ticks
 from attnres_jax.parallel.transport import send
 from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose, over_stages
@@ -164,19 +165,19 @@ class _Engine:
         begins = row["embed.micro"] != IDLE
         look = lambda: look_up(embedding, of("inputs", row["embed.micro"]), AXIS)  # noqa: E731
         embedded = jax.lax.cond(begins, look, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-        bank = _write(bank, row["embed.bank"] * self.slots, (0, begins.astype(jnp.int32)), embedded[None])
+        bank = write_slots(bank, row["embed.bank"] * self.slots, (0, begins.astype(jnp.int32)), embedded[None])
 
         # Forward, of what has come from the stage before.
         chunk, micro, first = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
-        bank = _write(bank, first, self.span(chunk), slots)
-        streams = jax.tree.map(lambda store, x: _replace(store, row["forward.stream"], x), streams, stream)
+        bank = write_slots(bank, first, self.span(chunk), slots)
+        streams = jax.tree.map(lambda store, x: replace_slot(store, row["forward.stream"], x), streams, stream)
 
         def forward(structure: Chunk, _: Array, carry: Any) -> Any:
             bank, _, stream, _, router = carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
             stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
             bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
-            slots = _take(bank, first + self.span(chunk + 1)[0], self.width)
+            slots = take_slots(bank, first + self.span(chunk + 1)[0], self.width)
             read = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
             h = jax.lax.cond(chunk == last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
             return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk)
@@ -206,13 +207,13 @@ class _Engine:
             window = self.window(bank, first + i)  # i is 0: what does not depend on it XLA takes out of the loop
             site_bar, own_bar, window_bar, stream_bar = self.readout(sites, final_norm, window, stream)[1](h_bar)
             if self.has_bank:
-                bars = _write(bars, first, (0, self.slots), window_bar)
-            put = lambda store, x: _replace(store, row["head.turned"], x)  # noqa: E731
+                bars = write_slots(bars, first, (0, self.slots), window_bar)
+            put = lambda store, x: replace_slot(store, row["head.turned"], x)  # noqa: E731
             turned = jax.tree.map(put, turned, stream_bar) if self.begins else turned
             return bars, turned, *jax.tree.map(jnp.add, (sites_bar, norm_bar), (site_bar, own_bar))
 
         ours = (row["head.micro"] != IDLE) & (chunk == last)
-        carry = _when(ours, turn_back, (bars, turned, sites_bar, final_norm_bar))
+        carry = run_if(ours, turn_back, (bars, turned, sites_bar, final_norm_bar))
         bars, turned, sites_bar, final_norm_bar = carry
 
         # Backward, of what has come from the stage behind.
@@ -221,14 +222,14 @@ class _Engine:
         def backward(structure: Chunk, _: Array, carry: Any) -> Any:
             bars, slots_bar, stream_bar, stacks_bar, sites_bar = carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True)
-            stream = jax.tree.map(lambda store: _at(store, row["backward.stream"]), streams)
+            stream = jax.tree.map(lambda store: slot_at(store, row["backward.stream"]), streams)
             (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
             kept = self.kept(chunk)
             fresh = (kept == 0) & ~((chunk == last) & self.has_bank)  # of these the head's has been put there
-            bars = _clear(bars, first, jnp.where(fresh, self.slots, 0))
-            bars = _add(bars, first, self.span(chunk + 1), slots_bar, kept)
+            bars = clear_slots(bars, first, jnp.where(fresh, self.slots, 0))
+            bars = add_slots(bars, first, self.span(chunk + 1), slots_bar, kept)
             if self.begins:
-                turn = lambda store, x: jnp.where(chunk == last, _at(store, row["backward.turned"]), x)  # noqa: E731
+                turn = lambda store, x: jnp.where(chunk == last, slot_at(store, row["backward.turned"]), x)  # noqa: E731
                 stream_bar = jax.tree.map(turn, turned, stream_bar)
             share = jnp.sum(of("weights", micro)) / total_weight
             reports_bar = self.reports_bar(reports, share)
@@ -236,7 +237,7 @@ class _Engine:
                 (stream_bar, self.values(bars, first), reports_bar, stacks_bar)
             )
             bars = self.put_values(bars, first, values_bar)
-            slots_bar = _take(bars, first + self.span(chunk)[0], self.width)
+            slots_bar = take_slots(bars, first + self.span(chunk)[0], self.width)
             return bars, slots_bar, stream_bar, stacks_bar, jax.tree.map(jnp.add, sites_bar, site_bar)
 
         carry = bars, slots_bar, stream_bar, stacks_bar, sites_bar
@@ -245,7 +246,7 @@ class _Engine:
 
         # A microbatch ends: its embedding's gradient, on every stage.
         def end() -> Any:
-            bar = over_stages(_at(bars, row["end.bank"] * self.slots), AXIS)
+            bar = over_stages(slot_at(bars, row["end.bank"] * self.slots), AXIS)
             return look_up_transpose(embedding, of("inputs", row["end.micro"]), bar, AXIS)
 
         zeros = lambda: at_rest(jax.tree.map(jnp.zeros_like, embedding))  # noqa: E731
@@ -341,7 +342,7 @@ class _Engine:
         Loops of a turn or none, not a condition: XLA updates what a loop carries in place.
         """
         for index, structure in enumerate(self.structures):
-            carry = _when(which == index, partial(body, structure), carry)
+            carry = run_if(which == index, partial(body, structure), carry)
         return carry
 
     def idle(self, which: Int[Array, ""], carry: tuple, results: Sequence[int]) -> tuple:
@@ -441,58 +442,6 @@ class _Engine:
 
 def _hidden(x: Array) -> Array:
     return constrain(x, *[None] * (x.ndim - len(HIDDEN)), *HIDDEN)
-
-
-def _at(store: Array, place: Int[Array, ""]) -> Array:
-    return jax.lax.dynamic_index_in_dim(store, place, keepdims=False)
-
-
-def _replace(store: Array, place: Int[Array, ""], value: Array) -> Array:
-    """`store` with the value at that place, unless it is `IDLE`."""
-    place, used = jnp.maximum(place, 0), place != IDLE
-    return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, _at(store, place)), place, 0)
-
-
-def _when(condition: Bool[Array, ""], body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
-    """`body(0, carry)`, or `carry`."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
-
-
-def _write(store: Array, first: Int[Array, ""], slots: tuple[Any, Any], new: Array) -> Array:
-    """`store` with those slots of the pass at `first` replaced, from one to before another; a loop, run in place."""
-    if not len(new):
-        return store
-    where = first + slots[0]
-    put = lambda i, store: jax.lax.dynamic_update_index_in_dim(store, _at(new, i), where + i, 0)  # noqa: E731
-    return jax.lax.fori_loop(0, slots[1] - slots[0], put, store)
-
-
-def _add(
-    store: Array, first: Int[Array, ""], slots: tuple[Any, Any], new: Array, kept: int | Int[Array, ""] | None = None
-) -> Array:
-    """The same, added to what is in those of them that come before slot `kept`."""
-    if not len(new):
-        return store
-
-    def put(i: Int[Array, ""], store: Array) -> Array:
-        where = first + slots[0] + i
-        old = _at(store, where)
-        old = old if kept is None else jnp.where(slots[0] + i < kept, old, 0)
-        return jax.lax.dynamic_update_index_in_dim(store, old + _at(new, i), where, 0)
-
-    return jax.lax.fori_loop(0, slots[1] - slots[0], put, store)
-
-
-def _clear(store: Array, first: Int[Array, ""], count: Int[Array, ""]) -> Array:
-    """`store` with so many zeros."""
-    zero = jnp.zeros(store.shape[1:], store.dtype)
-    put = lambda i, store: jax.lax.dynamic_update_index_in_dim(store, zero, first + i, 0)  # noqa: E731
-    return jax.lax.fori_loop(0, count, put, store)
-
-
-def _take(store: Array, first: Int[Array, ""], count: int) -> Array:
-    """So many slots from `first` on."""
-    return jnp.stack([_at(store, first + i) for i in range(count)]) if count else store[:0]
 
 
 def _spec(spec: PartitionSpec) -> PartitionSpec:
