@@ -44,6 +44,11 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, partition(x.shape, names, sizes, _TABLE.value))
 
 
+def split_of(shape: Sequence[int], *names: str | None) -> list[tuple[str, ...]]:
+    """For each axis of an array of that shape the mesh axes that `constrain` splits it over."""
+    return [axes or () for axes in _parts(shape, names, _mesh_axes(), _TABLE.value)]
+
+
 def partition(
     shape: Sequence[int], names: Sequence[str | None], sizes: Mapping[str, int], table: Table
 ) -> PartitionSpec:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from attnres_jax.axes import mesh_axes_of, mesh_platform, per_shard
+from attnres_jax.axes import mesh_axes_of, mesh_platform, per_shard, split_of
 from attnres_jax.layers.experts import combine, dispatch, experts, sort_by_expert, sorted_experts
 from attnres_jax.layers.ragged_exchange import Slices, exchange, turned
 
@@ -63,27 +63,18 @@ def experts_across_devices(
       The weighted sums; and how many assignments of valid tokens an expert computed.
     """
     valid = jnp.ones(x.shape[:2], bool) if valid is None else valid
-    axes = mesh_axes_of(
-        batch=x.shape[0],
-        length=x.shape[1],
-        experts=len(gate),
-        expert_kernels=len(gate),
-        width=gate.shape[1],
-        mlp=gate.shape[2],
-    )
+    axes = mesh_axes_of(batch=x.shape[0], length=x.shape[1], experts=len(gate), mlp=gate.shape[-1])
     run = partial(experts, activation=activation, implementation=implementation)
     if not axes:
         y = run(*map(_rows, (x, indices, weights)), gate, up, down)
         return y.reshape(*x.shape[:2], -1), _here(indices, valid, 0, len(gate))
     exchanged = tuple(axis for axis in axes["experts"] if axis in axes["batch"])  # else the tokens are there already
-    # At rest a kernel is split further than by what each device computes: over these axes it is put together.
-    kept = axes["expert_kernels"]
-    kernels = tuple(axis for axis in kept if axis not in axes["experts"])
-    width = tuple(axis for axis in axes["width"] if axis not in (*kept, *axes["mlp"]))
+    into = split_of(gate.shape, "expert_kernels", "width", "mlp")
+    back = split_of(down.shape, "expert_kernels", "mlp", "width")
+    whole = partial(_whole, own=(*axes["experts"], *axes["mlp"]), dtype=x.dtype)
 
     def own_part(x, indices, weights, valid, gate, up, down):
-        gate, up = (_whole(kernel, {1: width, 0: kernels}, x.dtype) for kernel in (gate, up))
-        down = _whole(down, {2: width, 0: kernels}, x.dtype)
+        gate, up, down = whole(gate, into), whole(up, into), whole(down, back)
         tokens = tuple(map(_rows, (x, indices, weights, valid[..., None])))
         parts = jax.lax.axis_size(exchanged) if exchanged else 1
         routed = way == "routed" or (
@@ -102,8 +93,7 @@ def experts_across_devices(
         return y.reshape(*x.shape[:2], -1), jax.lax.psum(computed, over) if over else computed
 
     tokens, rows = P(axes["batch"], axes["length"], None), P(axes["batch"], axes["length"])
-    into, back = P(kept, width, axes["mlp"]), P(kept, axes["mlp"], width)
-    run_all = per_shard(own_part, (tokens, tokens, tokens, rows, into, into, back), (tokens, P()))
+    run_all = per_shard(own_part, (tokens, tokens, tokens, rows, P(*into), P(*into), P(*back)), (tokens, P()))
     return run_all(x, indices, weights, valid, gate, up, down)
 
 
@@ -174,29 +164,36 @@ def _dense(run, x, indices, weights, valid, gate, up, down, *, split, exchanged)
     return y, _here(indices, valid[:, 0], 0 if first is None else first, len(gate))
 
 
-def _whole(kernels: Array, splits: dict[int, tuple[str, ...]], dtype: jnp.dtype) -> Array:
-    """Kernels put together along axes that are split over mesh axes; they travel in `dtype`, in which they are used.
+def _whole(kernels: Array, split: list[tuple[str, ...]], own: tuple[str, ...], dtype: jnp.dtype) -> Array:
+    """Kernels put together that are split further than by what each device computes; they travel in `dtype`.
 
     Their gradient is summed in the kernels' own precision, and each device gets its part alone: left to the partitioner
     the sum would be whole on every device, for twice the bytes. The barrier keeps the part apart from the stack of all
-    layers that it goes to: fused with that, XLA on TPU holds the whole (2.8 of 33.4 GB for the 194M model on 8 chips).
+    layers that it goes to: fused with that, XLA on TPU holds the whole.
+
+    Args:
+      kernels: this device's part.
+      split: for each of their axes the mesh axes that it is split over.
+      own: those of them over which they stay split.
+      dtype: in which they are used.
     """
+    further = [tuple(name for name in names if name not in own) for names in split]
+    splits = [(axis, names) for axis, names in enumerate(further) if names]
 
     @jax.custom_vjp
     def gather(kernels):
         whole = kernels.astype(dtype)
-        for axis, names in splits.items():
-            whole = jax.lax.all_gather(whole, names, axis=axis, tiled=True) if names else whole
+        for axis, names in reversed(splits):
+            whole = jax.lax.all_gather(whole, names, axis=axis, tiled=True)
         return whole.astype(kernels.dtype)
 
     def scatter(_, kernels_bar):
-        for axis, names in reversed(splits.items()):
-            if names:
-                kernels_bar = jax.lax.psum_scatter(kernels_bar, names, scatter_dimension=axis, tiled=True)
+        for axis, names in splits:
+            kernels_bar = jax.lax.psum_scatter(kernels_bar, names, scatter_dimension=axis, tiled=True)
         return (jax.lax.optimization_barrier(kernels_bar),)
 
     gather.defvjp(lambda kernels: (gather(kernels), None), scatter)
-    return gather(kernels) if any(splits.values()) else kernels
+    return gather(kernels) if splits else kernels
 
 
 def _here(indices, valid, first, count):

@@ -37,7 +37,7 @@ def look_up_transpose(
     """The table's gradient, from the cotangent of `look_up`, which is the same on every stage."""
     own, is_own = _own(table, tokens, axis)
     _, pullback = jax.vjp(lambda table: table(own), table)
-    return at_rest(pullback(jnp.where(is_own[..., None], embedding_bar, 0))[0])
+    return pullback(jnp.where(is_own[..., None], embedding_bar, 0))[0]
 
 
 def over_stages(x: Float[Array, "*batch D"], axis: str) -> Float[Array, "*batch D"]:
@@ -46,7 +46,7 @@ def over_stages(x: Float[Array, "*batch D"], axis: str) -> Float[Array, "*batch 
 
 
 def at_rest(table: Embedding) -> Embedding:
-    """The table or its gradient, split as it is outside of the computation."""
+    """The table or its gradient, split as at rest and as a derivative of the table leaves it."""
     return jax.tree.map(lambda x: constrain(x, "vocab", "width"), table)
 
 
@@ -79,7 +79,7 @@ def head(
     logits_bar = scale[..., None] * ((1 + 2 * z_loss * log_z)[..., None] * softmax - hit)
     table_bar, h_bar = pullback(logits_bar)
     h_bar = over_stages(h_bar, axis)
-    return HeadResult(nll, log_z, h_bar, at_rest(table_bar))
+    return HeadResult(nll, log_z, h_bar, table_bar)
 
 
 def _own(table: Embedding, tokens: Int[Array, "B T"], axis: str) -> tuple[Int[Array, "B T"], Array]:
