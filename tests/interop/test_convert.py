@@ -19,7 +19,11 @@ def batch(case, name="padded"):
     return [PARITY[case][f"{name}_{key}"] for key in ("tokens", "mask", "positions")]
 
 
-@pytest.mark.parametrize("case, layers_per_block", [*product(CASES, (0, 2)), ("llama", 1), ("llama", 3)])
+QUICK = [*product(CASES, (0, 2)), ("llama", 1), ("llama", 3)]
+SLOW = [pytest.param(*one, marks=pytest.mark.slow) for one in product(CASES, (1, 3)) if one not in QUICK]
+
+
+@pytest.mark.parametrize("case, layers_per_block", QUICK + SLOW)
 def test_the_logits_are_those_of_the_original(case, layers_per_block, tmp_path):
     """Those of transformers, and of every sublayer within rounding; tensors byte for byte."""
     convert(FIXTURES / case, tmp_path / "out", layers_per_block=layers_per_block)
