@@ -75,10 +75,19 @@ def mesh_of(model, **sizes):
     return make_mesh(config, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
-def drawn(model, noise=0.3):
-    """With queries that are not zero: at zero, a site's logits do not depend on its key scale."""
+def drawn(model):
+    """A model that float32 can follow to 1e-5, in whatever order its sums are taken.
+
+    With queries that are not zero: at zero, a site's logits do not depend on its key scale. Queries of the delta rule
+    are near its keys: what a document's first token reads is (q . k) v, and is normalised, however small it is. (Else a
+    change of all parameters by 6e-8 moves gradients on one device by 1e-4, and here by 5e-6.)
+    """
     drawn = Decoder(model, rngs=nnx.Rngs(0))
-    drawn.sites = jax.tree.map(lambda x: x + noise * jax.random.normal(jax.random.key(7), x.shape), drawn.sites)
+    drawn.sites = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape), drawn.sites)
+    if "kda" in drawn.sublayers:
+        kda = drawn.sublayers["kda"]
+        kda.query.kernel[...] = kda.key.kernel[...] + 0.1 * kda.query.kernel[...]
+        kda.query_conv.taps[...] = kda.key_conv.taps[...] + 0.1 * kda.query_conv.taps[...]
     return drawn
 
 
@@ -150,9 +159,18 @@ CASES = [
     ("kimi", "block", {"fsdp": 2, "expert": 2, "tensor": 2}),
     ("kimi", "block", {"data": 2, "context": 2}),
 ]
-# What another order of sums may come to: on one device, a relative change of all parameters by 6e-8 moves a gradient of
-# `moe` under `full` by up to 2e-5, and through the delta rule by up to 1e-4.
-TOLERANCE = {"dense": 1e-5, "moe": 3e-5, "kimi": 2e-4}
+SLOW = [
+    case
+    for rule in ("residual", "block", "full")
+    for sizes in (
+        *({axis: 4} for axis in ("data", "fsdp", "tensor", "expert", "context")),
+        {"data": 2, "tensor": 2},
+        {"expert": 2, "context": 2},
+        {"fsdp": 2, "expert": 2, "tensor": 2},
+        {"data": 2, "context": 2, "tensor": 2},
+    )
+    if (case := ("kimi", rule, sizes)) not in CASES
+]
 
 
 def relative(got, want):
@@ -160,7 +178,11 @@ def relative(got, want):
     return np.linalg.norm(got - want) / max(np.linalg.norm(want), 1e-9)
 
 
-@pytest.mark.parametrize("kind, rule, sizes", CASES, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+@pytest.mark.parametrize(
+    "kind, rule, sizes",
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
+)
 def test_loss_and_gradients_are_those_of_one_device(kind, rule, sizes, single):
     model, (loss, gradients) = single(kind, rule)
     born, _, (got_loss, got) = on_mesh(mesh_of(model_of(kind, rule), **sizes), model_of(kind, rule))
@@ -168,7 +190,7 @@ def test_loss_and_gradients_are_those_of_one_device(kind, rule, sizes, single):
         np.testing.assert_array_equal(leaf, named_leaves(model)[name], err_msg=name)
     assert relative(got_loss, loss) < 1e-6
     errors = {name: relative(leaf, named_leaves(gradients)[name]) for name, leaf in named_leaves(got).items()}
-    assert max(errors.values()) < TOLERANCE[kind], max(errors.items(), key=lambda item: item[1])
+    assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
 
 
 @pytest.mark.parametrize("rule", ["block", "full"])

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-SLOW = pytest.param("pipeline_devices.py", "slow", marks=pytest.mark.slow)
+QUICK = [(f"{name}_devices.py", "not slow") for name in ("eight", "expert", "pipeline")]
+SLOW = [pytest.param(f"{name}_devices.py", "slow", marks=pytest.mark.slow) for name in ("eight", "pipeline")]
 
 
-@pytest.mark.parametrize(
-    "name, marks", [*((f"{name}_devices.py", "not slow") for name in ("eight", "expert", "pipeline")), SLOW]
-)
+@pytest.mark.parametrize("name, marks", [*QUICK, *SLOW])
 def test_on_eight_devices(name, marks):
     tests = Path(__file__).with_name(name)
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8"}
