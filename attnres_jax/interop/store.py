@@ -1,7 +1,9 @@
 """The tensors of a checkpoint directory: found through its index, read slice by slice, written shard by shard."""
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from attnres_jax.interop.errors import InteropError, need
 from attnres_jax.interop.headers import Entry, read_header
+from attnres_jax.interop.quantised import quantised
 
 NUMPY = {
     "F64": np.dtype(np.float64),
@@ -25,10 +28,6 @@ NUMPY = {
 """dtypes that can be read here."""
 
 STORED = {dtype: name for name, dtype in NUMPY.items()}
-GROUP = 32
-"""Numbers of a row that share an MXFP4 scale (OCP Microscaling Formats, 5.3)."""
-FP4 = np.array([*(0, 0.5, 1, 1.5, 2, 3, 4, 6), *(-0.0, -0.5, -1, -1.5, -2, -3, -4, -6)], np.float32)
-"""The sixteen numbers of E2M1."""
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -54,13 +53,12 @@ class TensorStore:
             self.stored |= entries
             self.files |= dict.fromkeys(entries, file)
         self._open: dict[str, Any] = {}
-        self._packed = _packed(self.stored)
+        self._quantised = quantised(self.stored)
         self.entries = dict(self.stored)
         """As they can be read: a quantised one with its scales is one tensor."""
-        for name, (values, scales) in self._packed.items():
-            rows, half = self.entries.pop(values).shape
-            self.entries[name] = Entry("BF16", (rows, 2 * half), 0, 0)
-            self.entries.pop(scales)
+        for name, parts in self._quantised.items():
+            del self.entries[parts.values], self.entries[parts.scales]
+            self.entries[name] = Entry("BF16", parts.shape, 0, 0)
 
     def dtype(self, name: str) -> np.dtype:
         """The dtype of a tensor.
@@ -74,53 +72,30 @@ class TensorStore:
         return NUMPY[stored]
 
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A tensor, or the part of it at `index`: only its bytes are read."""
+        """A tensor, or the part of it at `index`: only its bytes are read. A quantised one comes as float32."""
         self.dtype(name)
-        if name in self._packed:
-            return self._dequantised(*self._packed[name], index or (slice(None), slice(None)))
-        return self._read(name, index)
-
-    def _dequantised(self, values: str, scales: str, index: tuple[slice, ...]) -> np.ndarray:
-        """MXFP4: two numbers a byte, the lower half first, and one power of two for 32 of a row."""
-        rows = index[0]
-        start, stop, _ = index[1].indices(2 * self.stored[values].shape[1])
-        first, last = start // GROUP, -(-stop // GROUP)
-        codes = self._read(values, (rows, slice(first * GROUP // 2, last * GROUP // 2)))
-        powers = self._read(scales, (rows, slice(first, last)))
-        numbers = FP4[np.stack([codes & 15, codes >> 4], -1)].reshape(len(codes), -1, GROUP)
-        scaled = np.ldexp(numbers, powers[..., None].astype(np.int32) - 127).reshape(len(codes), -1)
-        return scaled[:, start - first * GROUP : stop - first * GROUP].astype(NUMPY["BF16"])
+        if name not in self._quantised:
+            return self._read(name, index)
+        values, scales, shape, dequantise = self._quantised[name]
+        parts = [range(size)[at] for size, at in itertools.zip_longest(shape, index or (), fillvalue=slice(None))]
+        return dequantise(partial(self._read, values), partial(self._read, scales), *parts)
 
     def _read(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
-        safetensors, file = need("safetensors"), self.files[name]
+        safetensors, file, entry = need("safetensors"), self.files[name], self.stored[name]
+        if entry.dtype == "F8_E4M3":  # which the library does not give to NumPy
+            with (self.directory / file).open("rb") as opened:
+                begin = 8 + int.from_bytes(opened.read(8), "little") + entry.begin
+            mapped = np.memmap(self.directory / file, ml_dtypes.float8_e4m3fn, "r", begin, entry.shape)
+            return np.array(mapped[index or ...])
         if file not in self._open:
             try:
                 self._open[file] = safetensors.safe_open(str(self.directory / file), framework="numpy")
             except (OSError, safetensors.SafetensorError) as error:
                 raise InteropError(f"{self.directory / file} cannot be read: {error}") from None
         handle = self._open[file]
-        if not index or 0 in self.stored[name].shape:
+        if not index or 0 in entry.shape:
             return handle.get_tensor(name)
         return handle.get_slice(name)[index]
-
-
-def _packed(entries: Mapping[str, Entry]) -> dict[str, tuple[str, str]]:
-    """The tensors kept as MXFP4, by the name they would have: those of their numbers and of their scales.
-
-    Raises:
-      InteropError: if the two do not belong together.
-    """
-    packed = {}
-    for values, entry in entries.items():
-        name = values.removesuffix("_packed")
-        if name == values or not name.endswith(".weight"):
-            continue
-        scales = entries.get(f"{name}_scale")
-        shape = (*entry.shape[:1], -(-2 * entry.shape[-1] // GROUP)) if len(entry.shape) == 2 else None
-        if scales is None or {entry.dtype, scales.dtype} != {"U8"} or scales.shape != shape or entry.shape[1] % 16:
-            raise InteropError(f"tensor {values!r} is not MXFP4: bytes of [rows, 16 n], and {name}_scale of [rows, n]")
-        packed[name] = (values, f"{name}_scale")
-    return packed
 
 
 def _files(directory: Path) -> dict[str, set[str] | None]:

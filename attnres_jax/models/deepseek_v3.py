@@ -1,7 +1,7 @@
 """DeepSeek-V3 (DeepSeek-AI, 2024) and Moonlight (Moonshot AI, 2025): latent attention with rotation, sigmoid routing.
 
 The layers of multi-token prediction that DeepSeek-V3 has behind the last one are not read. Its released weights are
-8-bit floats with scales of their own, which `interop` does not read; converted to bfloat16 they load.
+8-bit floats with a scale for each tile, which `interop` multiplies out as it reads them.
 """
 
 from collections.abc import Mapping
