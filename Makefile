@@ -16,7 +16,7 @@ test: lint
 
 ## The tests that take minutes each, those of the TPU compiler included (installs libtpu into the same environment).
 test-slow: $(VENV)/.tpu
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n 2 --dist loadfile -m slow
 
 ## Against the transformers library itself (installs torch, for CPU, into the same environment).
 test-parity: $(VENV)/.parity

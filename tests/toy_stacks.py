@@ -42,11 +42,11 @@ def draw(rule, dtype=jnp.float64, *, perturb=1 / 3, plan=PLAN):
 
 def scanned(rule, context, remat, stacks, sites, embedding, *, plan=PLAN):
     """The depth scan: what the head reads, and the sublayers' reports in order."""
-    stream, bank = rule.begin(sites, embedding)
+    stream, newest = rule.begin(sites, embedding)
     segments = cut(plan, rule.block_size)
-    stream, bank, reports = depth_scan(rule, segments, call, stacks, sites, stream, bank, context, remat=remat)
+    *out, reports = depth_scan(rule, segments, call, stacks, sites, stream, newest, context, remat=remat)
     means = jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
-    return rule.readout(sites, stream, bank), means
+    return rule.readout(sites, *out), means
 
 
 def plain(rule, context, stacks, sites, embedding, *, plan=PLAN):

@@ -26,7 +26,13 @@ class Bare:
         """As they are, too."""
         return own_bar, bank_bar
 
-    def sources(self, bank: Float[Array, "N *batch D"]) -> Float[Array, "N *batch D"]:
+    def slot(
+        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]
+    ) -> Float[Array, "*batch D"]:
+        """The source itself."""
+        return source
+
+    def sources(self, bank: Float[Array, "*slots_batch D"]) -> Float[Array, "*slots_batch D"]:
         """The bank itself."""
         return bank
 

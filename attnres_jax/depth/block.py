@@ -59,8 +59,8 @@ class Block:
         return -(-num_sublayers // self.source_size)
 
     def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding is source 0."""
-        return None, jax.tree.map(lambda x: x[None], self.slot(sites, self.split(embedding), 0))
+        """(stream, newest source) before the first block: the embedding is source 0."""
+        return None, embedding
 
     def read(self, sites: Sites, bank: Bank, place: Place) -> tuple[State, ...]:
         """Phase 1: each of the block's sites over the completed sources."""
@@ -86,12 +86,13 @@ class Block:
     def block(
         self, sites: Sites, stream: Array | None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]
     ):
-        """Phase 2: each site merges its share of the bank with the block's partial sum, which joins the bank."""
+        """Phase 2: each site merges its share of the bank with the block's partial sum, which is its source."""
         own = (self.split(stream),) if self.opened else ()
         for i, sublayer in enumerate(sublayers):
             y = self.run(sublayer, self.mixed(sites, view, place, i, own), place, i)
             own = (own[0] + y,) if own else (y,)
-        return (None, (self.slot(sites, own[0], place.num_valid),)) if self.closed else (self.join(own[0]), ())
+        partial = self.join(own[0])
+        return (None, (), partial) if self.closed else (partial, (), None)
 
     def part(self, segment: Segment) -> "Block":
         """The rule for a block that begins or ends outside of the segment, its partial sum in the stream."""
@@ -146,8 +147,8 @@ class Block:
             own.query = own.query * jnp.where(inert, 0.0, 1.0)[:, None]
         return own
 
-    def sources(self, bank: Bank) -> Float[Array, "N *batch D"]:
-        """The bank's values."""
+    def sources(self, bank: Bank) -> Float[Array, "*slots_batch D"]:
+        """The values of a bank, or of a slot."""
         return self.join(bank.values)
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Array]):
@@ -192,12 +193,15 @@ class Block:
         """Sources of the own block that its site `i` reads."""
         return 1 if self.opened else min(i, 1)
 
-    def readout(self, sites: Sites, stream: None, bank: Bank) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: Sites, stream: None, newest: Float[Array, "*batch D"], bank: Bank
+    ) -> Float[Array, "*batch D"]:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
-        num_valid = len(bank.values)
-        weights, *_ = self.weigh(sites, bank.logits[:, -1:], bank.logits.shape[1] - 1, num_valid, [0])
-        mixed = mix(bank.values, weights, num_valid)[0].astype(bank.values.dtype)
-        return self.join(self.summed(mixed, num_valid))
+        num_valid, site = len(bank.values), bank.logits.shape[1] - 1
+        weights, maximum, denominator = self.weigh(sites, bank.logits[:, -1:], site, num_valid, [1])
+        state, own = State(mix(bank.values, weights, num_valid), maximum, denominator).site(0), self.split(newest)
+        mixed = self.merged(sites, state, (own,), self.logits(sites, own, num_valid, site), site)
+        return self.join(self.summed(mixed, num_valid + 1))
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
@@ -217,10 +221,12 @@ class Block:
 
     def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
         """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
-        source = kept_in_bank(source)
+        source = self.split(kept_in_bank(source))
         return Bank(source, self.logits(sites, source, index))
 
-    def logits(self, sites: Sites, source: Array, index: int | Int[Array, ""], site: Int[Array, ""] | None = None):
+    def logits(
+        self, sites: Sites, source: Array, index: int | Int[Array, ""], site: int | Int[Array, ""] | None = None
+    ) -> Float[Array, "S *batch"]:
         """The logits of source `index` at all sites, [L+1, *batch], or at one, [1, *batch]."""
         take = (lambda x: x[...]) if site is None else lambda x: jax.lax.dynamic_slice_in_dim(x[...], site, 1)
         if self.options.query == "none":

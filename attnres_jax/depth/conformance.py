@@ -226,10 +226,10 @@ def _scan(case, rule, sites, embedding, w, b):
 
     is_tanh = jnp.asarray(case.arrays["kinds"] == "tanh", w.dtype)
     stacks = {"sublayer": {"w": w, "b": b, "is_tanh": is_tanh}}
-    stream, bank = rule.begin(sites, embedding)
+    stream, newest = rule.begin(sites, embedding)
     segments = _segments(case.num_sublayers, rule.block_size)
-    stream, bank, reports = depth_scan(rule, segments, call, stacks, sites, stream, bank, remat="full")
-    results = {"readout": rule.readout(sites, stream, bank)}
+    *out, reports = depth_scan(rule, segments, call, stacks, sites, stream, newest, remat="full")
+    results = {"readout": rule.readout(sites, *out)}
     for name in ("inputs", "outputs"):
         found = [jnp.stack([own[name] for own in report], 1) for report in reports]  # [blocks, sublayers of a block]
         results[name] = jnp.concatenate([x.reshape(-1, *embedding.shape) for x in found])

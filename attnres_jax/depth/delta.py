@@ -8,7 +8,6 @@ The authors' code also lists the embedding among the sources and can leave the n
 from collections.abc import Sequence
 from typing import ClassVar
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -27,8 +26,8 @@ class Delta(Full):
     windowed = False
 
     def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding goes into the stream, and slot 0 is the null source."""
-        return embedding, jax.tree.map(lambda x: x[None], self.slot(sites, jnp.zeros_like(embedding), 0))
+        """(stream, newest source) before the first block: the embedding, and the null source."""
+        return embedding, jnp.zeros_like(embedding)
 
     def block(
         self,
@@ -41,10 +40,11 @@ class Delta(Full):
         """Phase 2 over the outputs of the own block; each output joins the stream and the bank."""
         slots: list[Bank] = []
         for i, sublayer in enumerate(sublayers):
+            if i:
+                slots.append(self.slot(sites, y, place.num_valid + i - 1))
             y = sublayer((stream + self.mixed(sites, view, place, i, slots)).astype(stream.dtype))
             stream = stream + y
-            slots.append(self.slot(sites, y, place.num_valid + i))
-        return stream, tuple(slots)
+        return stream, tuple(slots), y
 
     def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
         """As without a stream; slot 0, where the embedding comes, is the null source."""
@@ -55,9 +55,11 @@ class Delta(Full):
         sites_bar, values_bar = super().enter_transpose(sites, bank, place, own_bar, bank_bar)
         return sites_bar, values_bar.at[0].set(0)
 
-    def readout(self, sites: Sites, stream: Float[Array, "*batch D"], bank: Bank) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: Sites, stream: Float[Array, "*batch D"], newest: Float[Array, "*batch D"], bank: Bank
+    ) -> Float[Array, "*batch D"]:
         """The last site, over all outputs."""
-        return stream + super().readout(sites, None, bank)
+        return stream + super().readout(sites, None, newest, bank)
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""

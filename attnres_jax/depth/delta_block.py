@@ -30,12 +30,12 @@ class DeltaBlock(Delta):
         place: Place,
         sublayers: Sequence[Sublayer],
     ):
-        """Each site reads the stream and its share of the bank; the sum of the outputs joins the bank."""
+        """Each site reads the stream and its share of the bank; the sum of the outputs is the block's source."""
         total = None
         for state, sublayer in zip(view, sublayers, strict=True):
             y = sublayer((stream + state.numerator).astype(stream.dtype))
             stream, total = stream + y, y if total is None else total + y
-        return stream, (self.slot(sites, total, place.num_valid),)
+        return stream, (), total
 
     def num_appended(self, num_sites: int) -> int:
         """One source a block."""

@@ -42,8 +42,8 @@ class DenseFormer(Bare):
         return SourceWeights(num_sublayers)
 
     def begin(self, sites: SourceWeights, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding is source 0."""
-        return None, embedding[None]
+        """(stream, newest source) before the first block: the embedding is source 0."""
+        return None, embedding
 
     def read(
         self, sites: SourceWeights, bank: Float[Array, "N *batch D"], place: Place
@@ -66,16 +66,19 @@ class DenseFormer(Bare):
             for k, y in enumerate(outputs):
                 h = h + sites.weight[place.site + i, place.num_valid + k] * y
             outputs.append(sublayer(h.astype(outputs[0].dtype) if outputs else h))
-        return None, tuple(outputs)
+        return None, tuple(outputs[:-1]), outputs[-1]
 
     def num_appended(self, num_sites: int) -> int:
         """Every output."""
         return num_sites
 
-    def readout(self, sites: SourceWeights, stream: None, bank: Float[Array, "N *batch D"]) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: SourceWeights, stream: None, newest: Float[Array, "*batch D"], bank: Float[Array, "N *batch D"]
+    ) -> Float[Array, "*batch D"]:
         """The last site, over all sources."""
-        place = Place(jnp.int32(len(sites.weight) - 1), jnp.int32(len(bank)), 1)
-        return mix(bank, _weights(sites, bank, place), place.num_valid)[0].astype(bank.dtype)
+        place = Place(jnp.int32(len(bank)), jnp.int32(len(bank)), 1)
+        mixed = mix(bank, _weights(sites, bank, place), place.num_valid)[0]
+        return (mixed + sites.weight[-1, len(bank)] * newest).astype(newest.dtype)
 
     def plain(self, sites: SourceWeights, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""

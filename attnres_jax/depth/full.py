@@ -22,9 +22,10 @@ class Full(Block):
         """Phase 2 over the outputs of the own block, which all join the bank."""
         slots: list[Bank] = []
         for i, sublayer in enumerate(sublayers):
-            y = self.run(sublayer, self.mixed(sites, view, place, i, slots), place, i)
-            slots.append(self.slot(sites, y, place.num_valid + i))
-        return None, tuple(slots)
+            if i:
+                slots.append(self.slot(sites, newest, place.num_valid + i - 1))
+            newest = self.join(self.run(sublayer, self.mixed(sites, view, place, i, slots), place, i))
+        return None, tuple(slots), newest
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Bank]):
         """What the block's site `i` reads: its share of the bank, and the outputs of its own block so far."""

@@ -67,7 +67,7 @@ class HyperConnections(StreamRule):
         return Mixing(alpha[:, 0], beta, jnp.swapaxes(alpha[:, 1:], 0, 1))
 
     def begin(self, sites: Any, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding in every stream."""
+        """(stream, newest source) before the first block: the embedding in every stream."""
         return jnp.broadcast_to(embedding, (self.options.streams, *embedding.shape)), None
 
     def step(self, sites: Any, site: int | Int[Array, ""], stream: Float[Array, "n *batch D"], sublayer: Sublayer):
@@ -78,7 +78,9 @@ class HyperConnections(StreamRule):
         new = [_weigh(row, stream) + weight[..., None] * y for row, weight in zip(carry, post, strict=True)]
         return jnp.stack(new).astype(stream.dtype)
 
-    def readout(self, sites: Any, stream: Float[Array, "n *batch D"], bank: None) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: Any, stream: Float[Array, "n *batch D"], newest: None, bank: None
+    ) -> Float[Array, "*batch D"]:
         """The sum of the streams."""
         return wide(stream).sum(0).astype(stream.dtype)
 
@@ -97,8 +99,8 @@ class HyperConnections(StreamRule):
             streams = (kept + jnp.einsum("m...,...d->m...d", post, wide(y))).astype(embedding.dtype)
             held = jnp.einsum("mn...,ns...->ms...", carry, held, precision=HIGHEST)
             held = jnp.concatenate([held, post[:, None]], axis=1)
-            plain.states.append(self.readout(sites, streams, None))
-        plain.inputs.append(self.readout(sites, streams, None))
+            plain.states.append(self.readout(sites, streams, None, None))
+        plain.inputs.append(self.readout(sites, streams, None, None))
         plain.matrix.append(held.sum(0))
         return plain
 

@@ -27,9 +27,9 @@ class InputQuery(WholeBank, Block):
         self.source_size = source_size
         self.grouped = True
 
-    def begin(self, sites: Sites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding is source 0."""
-        return None, self.split(embedding)[None]
+    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Array:
+        """Its channels cut into groups."""
+        return self.split(source)
 
     def block(self, sites: Sites, stream: None, view: Array, place: Place, sublayers: Sequence[Sublayer]):
         """One site after the other; the own sources join the bank."""
@@ -37,7 +37,7 @@ class InputQuery(WholeBank, Block):
         for i, sublayer in enumerate(sublayers):
             y = self.run(sublayer, self.mixed(sites, view, place, i, own), place, i)
             own = [own[0] + y] if own and self.source_size > 1 else [*own, y]
-        return None, tuple(own)
+        return None, tuple(own[:-1]), self.join(own[-1])
 
     def mixed(self, sites: Sites, view: Array, place: Place, i: int, own: Sequence[Array]):
         """What the block's site `i` reads: the bank and its own block's sources so far."""
@@ -70,12 +70,12 @@ class InputQuery(WholeBank, Block):
         """One source a block, or every output."""
         return num_sites if self.source_size == 1 else 1
 
-    def readout(self, sites: Sites, stream: None, bank: Array) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: Sites, stream: None, newest: Float[Array, "*batch D"], bank: Array
+    ) -> Float[Array, "*batch D"]:
         """The last site, over all sources."""
-        last, count = sites.query[...].shape[0] - 1, len(bank)
-        return self.join(
-            self.summed(self.mixed(sites, bank, Place(jnp.int32(last), jnp.int32(count), 1), 0, ()), count)
-        )
+        place = Place(jnp.int32(sites.query[...].shape[0] - 1), jnp.int32(len(bank)), 1)
+        return self.join(self.summed(self.mixed(sites, bank, place, 0, [self.split(newest)]), len(bank) + 1))
 
     def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
         """Parameters and sites as they are, the sources' channels cut into groups."""
@@ -85,7 +85,7 @@ class InputQuery(WholeBank, Block):
         """Channels put together again."""
         return own_bar, self.join(bank_bar)
 
-    def sources(self, bank: Array) -> Float[Array, "N *batch D"]:
+    def sources(self, bank: Array) -> Float[Array, "*slots_batch D"]:
         """Channels put together again."""
         return self.join(bank)
 

@@ -41,7 +41,7 @@ class Lambdas(StreamRule):
         return LambdaSites(num_sublayers)
 
     def begin(self, sites: LambdaSites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block."""
+        """(stream, newest source) before the first block."""
         return Stream(embedding, embedding), None
 
     def step(self, sites: LambdaSites, site: int | Int[Array, ""], stream: Stream, sublayer: Sublayer) -> Stream:
@@ -50,7 +50,7 @@ class Lambdas(StreamRule):
         x = x.astype(stream.state.dtype)
         return Stream(x + sublayer(x), stream.embedding)
 
-    def readout(self, sites: LambdaSites, stream: Stream, bank: None) -> Float[Array, "*batch D"]:
+    def readout(self, sites: LambdaSites, stream: Stream, newest: None, bank: None) -> Float[Array, "*batch D"]:
         """What the output head reads."""
         return stream.state
 

@@ -28,14 +28,16 @@ class LayerScale(StreamRule):
         return LayerScaleSites(num_sublayers, width)
 
     def begin(self, sites: LayerScaleSites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block."""
+        """(stream, newest source) before the first block."""
         return embedding, None
 
     def step(self, sites: LayerScaleSites, site: int | Int[Array, ""], stream: Float[Array, "*batch D"], sublayer):
         """Adds the output, each channel times its gain."""
         return (wide(stream) + sites.gain[site] * wide(sublayer(stream))).astype(stream.dtype)
 
-    def readout(self, sites: LayerScaleSites, stream: Float[Array, "*batch D"], bank: None) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: LayerScaleSites, stream: Float[Array, "*batch D"], newest: None, bank: None
+    ) -> Float[Array, "*batch D"]:
         """What the output head reads."""
         return stream
 

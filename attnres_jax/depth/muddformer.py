@@ -47,8 +47,8 @@ class MUDDFormer(WholeBank):
         return DynamicWeights(num_sublayers, width)
 
     def begin(self, sites: DynamicWeights, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block: the embedding is state 0."""
-        return None, embedding[None]
+        """(stream, newest source) before the first block: the embedding is state 0."""
+        return None, embedding
 
     def block(self, sites: DynamicWeights, stream: None, view: Array, place: Place, sublayers: Sequence[Sublayer]):
         """One site after the other; the states join the bank."""
@@ -56,7 +56,7 @@ class MUDDFormer(WholeBank):
         for i, sublayer in enumerate(sublayers):
             h = self.mixed(sites, place.site + i, view, place.num_valid, own)
             own.append((h + sublayer(h)).astype(view.dtype))
-        return None, tuple(own)
+        return None, tuple(own[:-1]), own[-1]
 
     def mixed(self, sites: DynamicWeights, site, view: Array, num_valid, own: Sequence[Array]):
         """What the site reads: the states in the bank, and those of its own block so far."""
@@ -78,10 +78,10 @@ class MUDDFormer(WholeBank):
         return num_sites
 
     def readout(
-        self, sites: DynamicWeights, stream: None, bank: Float[Array, "N *batch D"]
+        self, sites: DynamicWeights, stream: None, newest: Float[Array, "*batch D"], bank: Float[Array, "N *batch D"]
     ) -> Float[Array, "*batch D"]:
         """The last site, over all states."""
-        return self.mixed(sites, len(bank) - 1, bank, len(bank), ())
+        return self.mixed(sites, len(bank), bank, len(bank), [newest])
 
     def plain(self, sites: DynamicWeights, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""

@@ -17,14 +17,16 @@ class Residual(StreamRule):
         """No parameters."""
 
     def begin(self, sites: None, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block."""
+        """(stream, newest source) before the first block."""
         return embedding, None
 
     def step(self, sites: None, site: int | Int[Array, ""], stream: Float[Array, "*batch D"], sublayer: Sublayer):
         """Adds the output to the stream."""
         return stream + sublayer(stream)
 
-    def readout(self, sites: None, stream: Float[Array, "*batch D"], bank: None) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: None, stream: Float[Array, "*batch D"], newest: None, bank: None
+    ) -> Float[Array, "*batch D"]:
         """What the output head reads."""
         return stream
 

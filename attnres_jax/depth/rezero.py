@@ -27,14 +27,16 @@ class ReZero(StreamRule):
         return ReZeroSites(num_sublayers)
 
     def begin(self, sites: ReZeroSites, embedding: Float[Array, "*batch D"]):
-        """(stream, bank) before the first block."""
+        """(stream, newest source) before the first block."""
         return embedding, None
 
     def step(self, sites: ReZeroSites, site: int | Int[Array, ""], stream: Float[Array, "*batch D"], sublayer):
         """Adds the output times its gain."""
         return (wide(stream) + sites.gain[site] * wide(sublayer(stream))).astype(stream.dtype)
 
-    def readout(self, sites: ReZeroSites, stream: Float[Array, "*batch D"], bank: None) -> Float[Array, "*batch D"]:
+    def readout(
+        self, sites: ReZeroSites, stream: Float[Array, "*batch D"], newest: None, bank: None
+    ) -> Float[Array, "*batch D"]:
         """What the output head reads."""
         return stream
 

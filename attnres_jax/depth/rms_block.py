@@ -26,14 +26,14 @@ class RMSBlock(Block):
             raise ValueError(f"block_size={block_size} leaves rms_block nothing to sum; nearest: block_size=2")
 
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
-        """Phase 2 with the raw partial sum; the slot is the sum of the normalised outputs."""
+        """Phase 2 with the raw partial sum; the source is the sum of the normalised outputs."""
         partial = sublayers[0](self.join(self.summed(self.mixed(sites, view, place, 0, ()), place.num_valid)))
         completed = unit_rms(partial, self.eps)
         for i, sublayer in enumerate(sublayers[1:], 1):
             mixed = self.mixed(sites, view, place, i, (self.split(partial),))
             y = sublayer(self.join(self.summed(mixed, place.num_valid + 1)))
             partial, completed = partial + y, completed + unit_rms(y, self.eps)
-        return None, (self.slot(sites, self.split(completed), place.num_valid),)
+        return None, (), completed
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""

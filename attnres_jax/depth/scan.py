@@ -4,6 +4,10 @@ A bank in the carry of an ordinary differentiated scan is saved once per block, 
 is only ever appended to, so what block n read is a prefix of what the last block leaves behind. The backward pass here
 keeps the final bank alone, reads each block's prefix from it again, and adds up the bank's cotangent in place.
 
+The newest source is beside the bank until the next block begins: no block reads what the last one leaves, so that it
+needs no slot, nor a cotangent of one. Only where a stack is run in parts the bank has room for all sources, and each is
+there as soon as its block ends.
+
 Parameters stay in one stack per kind of sublayer, in layer order, whatever the blocks are: a block takes its sublayers
 from the stacks by index, and their gradients go back to the same places.
 """
@@ -102,11 +106,15 @@ class Rule(Protocol):
 
     def block(
         self, sites: PyTree, stream: PyTree, view: PyTree, place: Place, sublayers: Sequence[Sublayer]
-    ) -> tuple[PyTree, Sequence[PyTree]]:
-        """Runs the block's sublayers: (the stream after it, the slots that it appends, one pytree each, in order)."""
+    ) -> tuple[PyTree, Sequence[PyTree], Float[Array, "*batch D"] | None]:
+        """Runs the block's sublayers: (the stream after it, the slots that it appends, one pytree each, and its newest
+        source, which comes after these)."""
+
+    def slot(self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> PyTree:
+        """Source `index` as a slot of the bank."""
 
     def num_appended(self, num_sites: int) -> int:
-        """How many slots a block of `num_sites` sublayers appends."""
+        """How many sources a block of `num_sites` sublayers leaves, the newest among them."""
 
     def part(self, segment: Segment) -> "Rule":
         """The rule for a block that begins or ends outside of `segment`, its partial sum in the stream."""
@@ -124,8 +132,8 @@ class Rule(Protocol):
         The bank may hold more sources by now.
         """
 
-    def sources(self, bank: PyTree) -> Float[Array, "N *batch D"]:
-        """The inverse: a bank's bare sources."""
+    def sources(self, bank: PyTree) -> Float[Array, "*slots_batch D"]:
+        """The inverse: a bank's bare sources, or the one of a slot."""
 
 
 def depth_scan(
@@ -135,13 +143,14 @@ def depth_scan(
     stacks: Mapping[str, PyTree],
     sites: PyTree,
     stream: PyTree,
-    bank: PyTree,
+    newest: Float[Array, "*batch D"] | None,
     context: PyTree = None,
     *,
     remat: str = "none",
     part: Part | None = None,
+    sources: Float[Array, "M *batch D"] | None = None,
 ) -> tuple[PyTree, ...]:
-    """Runs all blocks of all segments. Differentiable in `stacks`, `sites`, `stream` and `bank`, not in `context`.
+    """Runs all blocks of all segments. Differentiable in everything but `context`.
 
     Args:
       rule: the depth rule.
@@ -150,16 +159,16 @@ def depth_scan(
       stacks: for each kind, the parameters of its sublayers along a leading axis.
       sites: the rule's own parameters, whole.
       stream: the rule's state before the first block, or None.
-      bank: the slots complete before the first block, along a leading axis, or None.
+      newest: the first source, or None.
       context: what every sublayer sees (positions, masks, ...).
       remat: what the blocks keep for the backward pass, a key of `REMAT_POLICIES`.
-      part: of a stack; None: the whole. The bank, in and out, is then the bare sources, with room for all that the part
-        appends, and the stacks come back too: to their cotangent, which may be of other passes, that of this pass is
-        added in place.
+      part: of a stack; None: the whole. All sources are then in `sources`, `newest` is None, and the stacks come back
+        too: to their cotangent, which may be of other passes, that of this pass is added in place.
+      sources: of a part: those complete before it, with room for all that it appends.
 
     Returns:
-      The stream, the bank with all slots, for each segment the sublayers' reports, a leading axis for the blocks, and
-      of a part the stacks.
+      The stream, the newest source, the bank with all others, and for each segment the sublayers' reports, a leading
+      axis for the blocks. Of a part: the stream, the sources, the reports, and the stacks.
 
     Raises:
       ValueError: if two sublayers share a place in a stack, so that their gradients would overwrite each other, or the
@@ -177,20 +186,23 @@ def depth_scan(
         raise ValueError("a block of a part of a stack needs its sublayers of a kind side by side in their stack")
     rules = [rule.part(segment) for segment in segments]
     appended = [part.num_appended(len(segment.kinds)) for part, segment in zip(rules, segments, strict=True)]
+    # Slots that have been appended when a block ends: in the whole stack without its newest source.
+    settled = appended if part else [max(count - 1, 0) for count in appended]
     total = num_appended(rule, segments)
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
     window = part and part.place.window
     numbers = part and (part.place.site, part.place.num_valid, window and window.first, part.starts)
     numbers = jax.tree.map(jnp.asarray, numbers)
 
-    def place_of(numbers, num_sites: int, site=None, num_valid=None) -> Place:
+    def place_of(numbers, num_sites: int | None = None, site=None, num_valid=None) -> Place:
         """The part's place, or that of a block of it."""
-        own = (site, num_valid) if numbers is None or site is not None else numbers[:2]
-        return Place(*own, num_sites, window and Window(numbers[2], window.size))
+        if num_sites is None:
+            site, num_valid, num_sites = *numbers[:2], part.place.num_sites
+        return Place(site, num_valid, num_sites, window and Window(numbers[2], window.size))
 
     def places_of(numbers, site) -> list[tuple[Any, Any, Any]]:
         """For each segment: the slots of its sublayers, and each block's first site and number of complete sources."""
-        places, num_valid = [], _length(bank_in) if numbers is None else numbers[1]
+        places, num_valid = [], 1 if numbers is None else numbers[1]
         for segment, slots in zip(segments, appended, strict=True):
             blocks, sites = segment.slots.shape
             steps, own = np.arange(blocks, dtype=np.int32), segment.slots.astype(np.int32)
@@ -199,109 +211,137 @@ def depth_scan(
             site, num_valid = site + sites * blocks, num_valid + slots * blocks
         return places
 
-    def forward(stacks, sites, stream, bank, where, save):
-        context, numbers = where
-        if numbers is None:
-            room = lambda x: jnp.zeros((_length(x) + total, *x.shape[1:]), x.dtype).at[: len(x)].set(x)  # noqa: E731
-            site, bank = 0, jax.tree.map(room, bank)
+    def forward(stacks, sites, stream, newest, sources, where, save):
+        (context, numbers), site = where, 0
+        if numbers is not None:
+            known = numbers[1] + total if part.complete else numbers[1]
+            sites, bank, site = rule.enter(sites, sources, place_of(numbers)._replace(num_valid=known))
+        elif newest is None:
+            bank = None
         else:
-            known = place_of(numbers, part.place.num_sites)
-            known = known._replace(num_valid=known.num_valid + total) if part.complete else known
-            sites, bank, site = rule.enter(sites, bank, known)
+            slot = jax.eval_shape(rule.slot, sites, newest, 0)
+            bank = jax.tree.map(lambda x: jnp.zeros((total, *x.shape), x.dtype), slot)
         places, entered = places_of(numbers, site), (sites, site)
         reports, saved = [], []
+
+        def put(bank, new, newest, place):
+            """The bank with slots from `place.num_valid` on, of `newest` the last."""
+            if part and part.complete:
+                return bank
+            if newest is not None:
+                new = (*new, rule.slot(sites, newest, place.num_valid + len(new)))
+            return _append(bank, new, place.slot(place.num_valid))
+
         for index, segment in enumerate(segments):
 
             def run_block(carry, at, index=index, segment=segment):
-                stream, bank = carry
+                stream, newest, bank = carry
                 rule, slots, place = rules[index], at[0], place_of(numbers, len(segment.kinds), *at[1:])
+                if part is None:
+                    bank = put(bank, (), newest, place._replace(num_valid=place.num_valid - 1))
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment, call, place, context, remat if save else "none")
                 if save:
-                    (stream, new, report), pullback = jax.vjp(block, sites, stream, view, parameters)
+                    (stream, new, newest, report), pullback = jax.vjp(block, sites, stream, view, parameters)
                     structures[index], kept = _strip(pullback, (sites, view, parameters, context, new))
                 else:
-                    (stream, new, report), kept = block(sites, stream, view, parameters), None
-                bank = bank if part and part.complete else _append(bank, new, place.slot(place.num_valid))
-                return (stream, bank), (report, kept)
+                    (stream, new, newest, report), kept = block(sites, stream, view, parameters), None
+                bank, newest = (put(bank, new, newest, place), None) if part else (put(bank, new, None, place), newest)
+                return (stream, newest, bank), (report, kept)
 
+            carry = stream, newest, bank
             if segment.opened or not segment.closed:  # its stream is of another kind before than after: no carry
-                (stream, bank), out = run_block(
-                    (stream, bank), jax.tree.map(lambda x: jnp.asarray(x)[0], places[index])
-                )
+                carry, out = run_block(carry, _only(places[index]))
                 report, kept = jax.tree.map(lambda x: x[None], out)
             else:
-                (stream, bank), (report, kept) = jax.lax.scan(run_block, (stream, bank), places[index])
+                carry, (report, kept) = jax.lax.scan(run_block, carry, places[index])
+            stream, newest, bank = carry
             reports.append(report)
             saved.append(kept)
-        return (stream, bank, reports), (entered, bank, saved)
+        return (stream, newest, bank, reports), (entered, bank, saved)
 
     @jax.custom_vjp
-    def run(stacks, sites, stream, bank, where):
-        return result(stacks, forward(stacks, sites, stream, bank, where, save=False)[0])
+    def run(stacks, sites, stream, newest, sources, where):
+        return result(stacks, forward(stacks, sites, stream, newest, sources, where, save=False)[0])
 
     def result(stacks, out):
-        stream, bank, reports = out
+        stream, _, bank, reports = out
         return out if part is None else (stream, rule.sources(bank), reports, stacks)
 
-    def run_forward(stacks, sites, stream, bank, where):
-        out, saved = forward(stacks, sites, stream, bank, where, save=True)
+    def run_forward(stacks, sites, stream, newest, sources, where):
+        out, saved = forward(stacks, sites, stream, newest, sources, where, save=True)
         return result(stacks, out), (stacks, sites, where, saved)
 
     def run_backward(residuals, cotangents):
         stacks, all_sites, (context, numbers), ((sites, site), bank, saved) = residuals
+        places, sites_bar = places_of(numbers, site), jax.tree.map(jnp.zeros_like, sites)
         if part is None:
-            stream_bar, bank_bar, reports_bar = cotangents
+            stream_bar, newest_bar, bank_bar, reports_bar = cotangents
             stacks_bar, put = jax.tree.map(jnp.zeros_like, stacks), _put
         else:
             stream_bar, values_bar, reports_bar, stacks_bar = cotangents
             (bank_bar,), put = jax.vjp(rule.sources, bank)[1](values_bar), _add
-        places, sites_bar = places_of(numbers, site), jax.tree.map(jnp.zeros_like, sites)
+            newest_bar = None
+
+        def slot_transpose(slot_bar, place, index):
+            """The cotangents of a source and of the parameters, from that of its slot."""
+            source = rule.sources(_slot_at(bank, place.slot(index)))
+            _, pullback = jax.vjp(lambda sites, source: rule.slot(sites, source, index), sites, source)
+            return pullback(slot_bar)[::-1]
+
         for index, segment in reversed(list(enumerate(segments))):
 
             def run_block(carry, at, index=index, segment=segment):
-                stream_bar, bank_bar, new_bar, stacks_bar, sites_bar = carry
+                stream_bar, newest_bar, bank_bar, new_bar, stacks_bar, sites_bar = carry
                 (slots, *where), kept, report_bar = at
                 rule, place = rules[index], place_of(numbers, len(segment.kinds), *where)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
-                new = _slots_from(place.slot(place.num_valid), appended[index], bank)
+                if part and appended[index]:
+                    *new_bar, slot_bar = new_bar
+                    newest_bar, slot_bar = slot_transpose(slot_bar, place, place.num_valid + appended[index] - 1)
+                    sites_bar = jax.tree.map(jnp.add, sites_bar, slot_bar)
+                new = _slots_from(place.slot(place.num_valid), len(new_bar), bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
-                site_bar, stream_bar, view_bar, parameters_bar = pullback((stream_bar, new_bar, report_bar))
+                cotangents = stream_bar, tuple(new_bar), newest_bar, report_bar
+                site_bar, stream_bar, view_bar, parameters_bar = pullback(cotangents)
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
+                sites_bar = jax.tree.map(lambda *own: sum(own), sites_bar, site_bar, read_bar)
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
-                new_bar = _slots_from(place.slot(place.num_valid - appended[index]), appended[index], bank_bar)
+                if part is None and bank is not None:
+                    slot_bar = _slot_at(bank_bar, place.num_valid - 1)
+                    newest_bar, slot_bar = slot_transpose(slot_bar, place, place.num_valid - 1)
+                    sites_bar = jax.tree.map(jnp.add, sites_bar, slot_bar)
+                new_bar = _slots_from(place.slot(place.num_valid - appended[index]), settled[index], bank_bar)
                 stacks_bar = put(stacks_bar, segment.kinds, slots, parameters_bar)
-                sites_bar = jax.tree.map(lambda *bars: sum(bars), sites_bar, site_bar, read_bar)
-                return (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar), None
+                newest_bar = None if part else newest_bar
+                return (stream_bar, newest_bar, bank_bar, new_bar, stacks_bar, sites_bar), None
 
             last = place_of(numbers, 0, 0, jnp.asarray(places[index][2][-1]))
-            new_bar = _slots_from(last.slot(last.num_valid), appended[index], bank_bar)
-            carry = (stream_bar, bank_bar, new_bar, stacks_bar, sites_bar)
+            new_bar = _slots_from(last.slot(last.num_valid), settled[index], bank_bar)
+            carry = (stream_bar, newest_bar, bank_bar, new_bar, stacks_bar, sites_bar)
             at_blocks = (places[index], saved[index], reports_bar[index])
             if segment.opened or not segment.closed:
                 carry, _ = run_block(carry, _only(at_blocks))
             else:
                 carry, _ = jax.lax.scan(run_block, carry, at_blocks, reverse=True)
-            stream_bar, bank_bar, _, stacks_bar, sites_bar = carry
+            stream_bar, newest_bar, bank_bar, _, stacks_bar, sites_bar = carry
         if part is None:
-            bank_bar = jax.tree.map(lambda bars, slots: bars[: len(slots)], bank_bar, bank_in)
-        else:  # what was appended had taken the place of what was there
-            place = place_of(numbers, part.place.num_sites)
-            zero = jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)
-            bank_bar = _append(bank_bar, [zero] * total, place.slot(place.num_valid))
-            sites_bar, bank_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
-        return stacks_bar, sites_bar, stream_bar, bank_bar, None
+            return stacks_bar, sites_bar, stream_bar, newest_bar, None, None
+        # What was appended had taken the place of what was there.
+        place, zero = place_of(numbers), jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)
+        bank_bar = _append(bank_bar, [zero] * total, place.slot(place.num_valid))
+        sites_bar, values_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
+        return stacks_bar, sites_bar, stream_bar, None, values_bar, None
 
-    bank_in = bank
     run.defvjp(run_forward, run_backward)
-    return run(stacks, sites, stream, bank, (context, numbers))
+    return run(stacks, sites, stream, newest, sources, (context, numbers))
 
 
 def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
-    """How many slots all blocks of the segments append."""
+    """How many sources all blocks of the segments leave."""
     return sum(len(segment.slots) * rule.part(segment).num_appended(len(segment.kinds)) for segment in segments)
 
 
@@ -327,8 +367,7 @@ def _block(rule, segment, call, place, context, remat):
             return apply
 
         sublayers = [sublayer(kind, own) for kind, own in zip(segment.kinds, parameters, strict=True)]
-        stream, new = rule.block(sites, stream, view, place, sublayers)
-        return stream, new, tuple(reports)
+        return *rule.block(sites, stream, view, place, sublayers), tuple(reports)
 
     policy = REMAT_POLICIES[remat]
     return block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=alone)
@@ -368,10 +407,6 @@ def _only(blocks: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jnp.asarray(x)[0], blocks)
 
 
-def _length(bank: PyTree) -> int:
-    return next((len(leaf) for leaf in jax.tree.leaves(bank)), 0)
-
-
 def _append(bank: PyTree, new: Sequence[PyTree], start: Int[Array, ""]) -> PyTree:
     for i, slot in enumerate(new):
         put = lambda b, s, i=i: jax.lax.dynamic_update_index_in_dim(b, s.astype(b.dtype), start + i, 0)  # noqa: E731
@@ -379,11 +414,12 @@ def _append(bank: PyTree, new: Sequence[PyTree], start: Int[Array, ""]) -> PyTre
     return bank
 
 
+def _slot_at(bank: PyTree, index: int | Int[Array, ""]) -> PyTree:
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, index, keepdims=False), bank)
+
+
 def _slots_from(start: int | Int[Array, ""], count: int, bank: PyTree) -> tuple[PyTree, ...]:
-    return tuple(
-        jax.tree.map(lambda b, i=i: jax.lax.dynamic_index_in_dim(b, start + i, keepdims=False), bank)
-        for i in range(count)
-    )
+    return tuple(_slot_at(bank, start + i) for i in range(count))
 
 
 def _take(stacks, kinds, slots):

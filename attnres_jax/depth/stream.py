@@ -40,7 +40,10 @@ class StreamRule:
         """One step after the other."""
         for i, sublayer in enumerate(sublayers):
             stream = self.step(sites, place.site + i, stream, sublayer)
-        return stream, ()
+        return stream, (), None
+
+    def slot(self, sites: PyTree, source: None, index: int | Int[Array, ""]) -> None:
+        """There is no bank."""
 
     def num_appended(self, num_sites: int) -> int:
         """Nothing is appended."""

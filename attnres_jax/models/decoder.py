@@ -72,23 +72,20 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T V"], RouterReport | None]:
         """The logits, and what the routers report, an axis for the layers with experts first (None: there are none)."""
         rule, context = self.rule(), self.context(tokens, segment_ids, positions)
-        begin = lambda sites, embedding: rule.begin(sites, embedding(tokens))  # noqa: E731
-        if self.config.remat == "full":  # the bank holds the embeddings already: looked up again, not kept twice
-            begin = jax.checkpoint(begin)
-        stream, bank = begin(self.sites, self.embedding)
+        stream, newest = rule.begin(self.sites, self.embedding(tokens))
         segments = cut(self.plan(), rule.block_size)
-        stream, bank, reports = depth_scan(
+        *out, reports = depth_scan(
             rule,
             segments,
             call_sublayer,
             dict(self.sublayers.items()),
             self.sites,
             stream,
-            bank,
+            newest,
             context,
             remat=self.config.remat,
         )
-        return self.logits(rule.readout(self.sites, stream, bank)), reports_in_order(segments, reports)
+        return self.logits(rule.readout(self.sites, *out)), reports_in_order(segments, reports)
 
     def logits(self, h: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Final norm and head."""

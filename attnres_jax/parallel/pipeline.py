@@ -107,8 +107,8 @@ class _Engine:
         self.axes = jax.tree.map(_axis, dict(specs.sublayers.items()))
         self.chunks = cut_chunks(model.plan(), self.rule, schedule.chunks)
         self.h = jax.ShapeDtypeStruct((*batch, self.config.width), self.config.dtype)
-        begun, bank = jax.eval_shape(self.rule.begin, model.sites, self.h)
-        self.has_bank = bank is not None
+        begun, newest = jax.eval_shape(self.rule.begin, model.sites, self.h)
+        self.has_bank = newest is not None
         self.slots = self.chunks[-1].num_valid + self.chunks[-1].appended if self.has_bank else 1
         opened = self.h if any(chunk.opened for chunk in self.chunks) else None
         self.begins, self.stream = begun is not None, begun if begun is not None else opened
@@ -178,7 +178,7 @@ class _Engine:
             stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
             bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
             slots = take_slots(bank, first + self.span(chunk + 1)[0], self.width)
-            read = lambda: self.readout(sites, final_norm, self.window(bank, first), stream)[0]  # noqa: E731
+            read = lambda: self.readout(sites, final_norm, bank, first, stream)[0]  # noqa: E731
             h = jax.lax.cond(chunk == last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
             return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk)
 
@@ -204,10 +204,12 @@ class _Engine:
 
         def turn_back(i: Int[Array, ""], carry: Any) -> Any:
             bars, turned, sites_bar, norm_bar = carry
-            window = self.window(bank, first + i)  # i is 0: what does not depend on it XLA takes out of the loop
-            site_bar, own_bar, window_bar, stream_bar = self.readout(sites, final_norm, window, stream)[1](h_bar)
+            # i is 0: what does not depend on it XLA takes out of the loop
+            back = self.readout(sites, final_norm, bank, first + i, stream)[1]
+            site_bar, own_bar, newest_bar, values_bar, stream_bar = back(h_bar)
             if self.has_bank:
-                bars = write_slots(bars, first, (0, self.slots), window_bar)
+                bars = write_slots(bars, first, (0, self.slots - 1), values_bar)
+                bars = replace_slot(bars, first + self.slots - 1, newest_bar)
             put = lambda store, x: replace_slot(store, row["head.turned"], x)  # noqa: E731
             turned = jax.tree.map(put, turned, stream_bar) if self.begins else turned
             return bars, turned, *jax.tree.map(jnp.add, (sites_bar, norm_bar), (site_bar, own_bar))
@@ -297,38 +299,48 @@ class _Engine:
                 stacks,
                 sites,
                 stream if self.begins or structure.opened else None,
-                values if self.has_bank else None,
+                None,
                 context,
                 remat=self.config.remat,
                 part=part,
+                sources=values if self.has_bank else None,
             )
             after = jax.tree.map(jnp.zeros_like, stream) if after is None else after
             return after, bank if self.has_bank else values, reports, stacks
 
         return run
 
-    def readout(self, sites: PyTree, final_norm: Any, values: Array, stream: PyTree) -> tuple[Array, Callable]:
-        """What the head reads of a window of sources and the stream, and the pullback of it to all four."""
-        num_sites = len(self.model.plan())
-        place = Place(num_sites, self.slots, 1)
-        own, bank, _ = self.rule.enter(sites, values if self.has_bank else None, place)
-        read = lambda own, norm, bank, stream: norm(self.rule.readout(own, stream if self.begins else None, bank))  # noqa: E731
-        h, pullback = jax.vjp(read, own, final_norm, bank, stream)
+    def readout(
+        self, sites: PyTree, final_norm: Any, store: Array, first: Int[Array, ""], stream: PyTree
+    ) -> tuple[Array, Callable]:
+        """What the head reads of a microbatch's sources and the stream.
+
+        And the pullback of it to parameters, norm, the newest source, the others and the stream.
+        """
+        place, newest, values = Place(len(self.model.plan()), self.slots - 1, 1), None, None
+        if self.has_bank:
+            newest, values = slot_at(store, first + self.slots - 1), self.window(store, first, self.slots - 1)
+        own, bank, _ = self.rule.enter(sites, values, place)
+
+        def read(own: PyTree, norm: Any, newest: Array | None, bank: PyTree, stream: PyTree) -> Array:
+            return norm(self.rule.readout(own, stream if self.begins else None, newest, bank))
+
+        h, pullback = jax.vjp(read, own, final_norm, newest, bank, stream)
 
         def back(h_bar: Array) -> Any:
-            own_bar, norm_bar, bank_bar, stream_bar = pullback(h_bar)
+            own_bar, norm_bar, newest_bar, bank_bar, stream_bar = pullback(h_bar)
             sites_bar, values_bar = self.rule.enter_transpose(sites, bank, place, own_bar, bank_bar)
-            return sites_bar, norm_bar, values_bar, stream_bar
+            return sites_bar, norm_bar, newest_bar, values_bar, stream_bar
 
         return h, back
 
     def values(self, store: Array, first: Int[Array, ""]) -> Array:
         """What a chunk sees of a store: all of it, or the microbatch's own sources."""
-        return store if self.rule.windowed else self.window(store, first)
+        return store if self.rule.windowed else self.window(store, first, self.slots)
 
-    def window(self, store: Array, first: Int[Array, ""]) -> Array:
-        """A microbatch's own sources."""
-        return jax.lax.dynamic_slice_in_dim(store, first, self.slots)
+    def window(self, store: Array, first: Int[Array, ""], count: int) -> Array:
+        """So many of a microbatch's own sources, from its first on."""
+        return jax.lax.dynamic_slice_in_dim(store, first, count)
 
     def put_values(self, store: Array, first: Int[Array, ""], values: Array, start: int = 0) -> Array:
         """The store after a chunk; of a microbatch's own sources those from `start` on."""

@@ -157,12 +157,12 @@ def bank_bytes(model: Any, mesh: AnyMesh, rows: int, length: int) -> tuple[int, 
     """
     rule = model.rule()
     embedding = jax.ShapeDtypeStruct((rows, length, model.config.width), model.config.dtype)
-    _, bank = jax.eval_shape(rule.begin, model.sites, embedding)
-    leaves = jax.tree.leaves(bank)
-    if not leaves:
+    _, newest = jax.eval_shape(rule.begin, model.sites, embedding)
+    if newest is None:
         return 0, 0
-    sources = leaves[0].shape[0] + num_appended(rule, cut(model.plan(), rule.block_size))
-    total = sum(sources * math.prod(leaf.shape[1:]) * leaf.dtype.itemsize for leaf in leaves)
+    slot = jax.eval_shape(lambda sites, newest: rule.slot(sites, newest, 0), model.sites, newest)
+    sources = num_appended(rule, cut(model.plan(), rule.block_size))  # and the embedding, without the newest
+    total = sum(sources * leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(slot))
     return sources, total // _parts_of_the_tokens(mesh, rows, length)
 
 

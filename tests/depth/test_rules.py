@@ -109,8 +109,8 @@ def test_states_keep_bfloat16_and_weights_are_float32(name, options):
     run = plain(rule, context, stacks, sites, embedding)
     assert out.dtype == run.inputs[-1].dtype == jnp.bfloat16
     assert {row.dtype for row in run.matrix} == {jnp.dtype("float32")}
-    _, bank = rule.begin(sites, embedding)
-    assert bank is None or jax.tree.leaves(bank)[0].dtype == jnp.bfloat16
+    _, newest = rule.begin(sites, embedding)
+    assert newest is None or jax.tree.leaves(rule.slot(sites, newest, 0))[0].dtype == jnp.bfloat16
     assert worst(out.astype(jnp.float32), run.inputs[-1].astype(jnp.float32)) < 0.05
 
 
