@@ -221,7 +221,7 @@ class Block:
 
     def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
         """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
-        source = self.split(kept_in_bank(source))
+        source = kept_in_bank(self.split(source))
         return Bank(source, self.logits(sites, source, index))
 
     def logits(
