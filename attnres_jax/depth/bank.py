@@ -51,8 +51,3 @@ class WholeBank(Bare):
     def read_transpose(self, sites: PyTree, bank: Array, place: Place, view: Array, view_bar: Array, bank_bar: Array):
         """The cotangent as it is, added."""
         return jax.tree.map(jnp.zeros_like, sites), bank_bar + view_bar
-
-
-def slot_at(bank: Float[Array, "N *batch D"], index: int | Int[Array, ""]) -> Float[Array, "*batch D"]:
-    """One source."""
-    return jax.lax.dynamic_index_in_dim(bank, index, keepdims=False)

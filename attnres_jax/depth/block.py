@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
-from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank
+from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank, slot_at
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 
@@ -110,7 +110,7 @@ class Block:
         own, values = self.rows(sites, place), self.split(values)
 
         def fill(source: Int[Array, ""], logits: Array) -> Array:
-            new = self.logits(own, _at(values, place.slot(source)), source)
+            new = self.logits(own, slot_at(values, place.slot(source)), source)
             return jax.lax.dynamic_update_index_in_dim(logits, new, place.slot(source), 0)
 
         one = jax.eval_shape(lambda: self.logits(own, values[0], 0))
@@ -124,9 +124,9 @@ class Block:
         def add(source: Int[Array, ""], carry: tuple[Array, Sites, Array]) -> tuple[Array, Sites, Array]:
             values_bar, own_bar, _ = carry
             slot = place.slot(source)
-            _, pullback = jax.vjp(lambda own, value: self.logits(own, value, source), own, _at(bank.values, slot))
-            row_bar, new = pullback(_at(bank_bar.logits, slot))
-            new = _at(values_bar, slot) + new
+            _, pullback = jax.vjp(lambda own, value: self.logits(own, value, source), own, slot_at(bank.values, slot))
+            row_bar, new = pullback(slot_at(bank_bar.logits, slot))
+            new = slot_at(values_bar, slot) + new
             values_bar = jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0)
             return values_bar, jax.tree.map(jnp.add, own_bar, row_bar), new  # carried along as in `mix_transpose`
 
@@ -264,7 +264,3 @@ def _logits(bank: Bank, place: Place) -> Float[Array, "slots S *batch"]:
     if place.window is not None:
         logits = jax.lax.dynamic_slice_in_dim(logits, *place.window)
     return jax.lax.dynamic_slice_in_dim(logits, place.site, place.num_sites, axis=1)
-
-
-def _at(slots: Array, index: int | Int[Array, ""]) -> Array:
-    return jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)

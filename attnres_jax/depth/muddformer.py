@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.depth.bank import WholeBank, slot_at
+from attnres_jax.depth.bank import WholeBank
 from attnres_jax.depth.operator import HIGHEST, mix, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, unit_rms
-from attnres_jax.depth.scan import Place, Sublayer
+from attnres_jax.depth.scan import Place, Sublayer, slot_at
 
 
 class DynamicWeights(nnx.Module):

@@ -107,8 +107,10 @@ class Rule(Protocol):
     def block(
         self, sites: PyTree, stream: PyTree, view: PyTree, place: Place, sublayers: Sequence[Sublayer]
     ) -> tuple[PyTree, Sequence[PyTree], Float[Array, "*batch D"] | None]:
-        """Runs the block's sublayers: (the stream after it, the slots that it appends, one pytree each, and its newest
-        source, which comes after these)."""
+        """Runs the block's sublayers: (the stream after it, the slots that it appends, its newest source).
+
+        A slot is one pytree. They are in order, and the newest source comes after them.
+        """
 
     def slot(self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> PyTree:
         """Source `index` as a slot of the bank."""
@@ -224,21 +226,13 @@ def depth_scan(
         places, entered = places_of(numbers, site), (sites, site)
         reports, saved = [], []
 
-        def put(bank, new, newest, place):
-            """The bank with slots from `place.num_valid` on, of `newest` the last."""
-            if part and part.complete:
-                return bank
-            if newest is not None:
-                new = (*new, rule.slot(sites, newest, place.num_valid + len(new)))
-            return _append(bank, new, place.slot(place.num_valid))
-
         for index, segment in enumerate(segments):
 
             def run_block(carry, at, index=index, segment=segment):
                 stream, newest, bank = carry
                 rule, slots, place = rules[index], at[0], place_of(numbers, len(segment.kinds), *at[1:])
-                if part is None:
-                    bank = put(bank, (), newest, place._replace(num_valid=place.num_valid - 1))
+                if newest is not None:
+                    bank = _append(bank, [rule.slot(sites, newest, place.num_valid - 1)], place.num_valid - 1)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment, call, place, context, remat if save else "none")
@@ -247,7 +241,10 @@ def depth_scan(
                     structures[index], kept = _strip(pullback, (sites, view, parameters, context, new))
                 else:
                     (stream, new, newest, report), kept = block(sites, stream, view, parameters), None
-                bank, newest = (put(bank, new, newest, place), None) if part else (put(bank, new, None, place), newest)
+                if part and newest is not None:
+                    new, newest = (*new, rule.slot(sites, newest, place.num_valid + len(new))), None
+                if not (part and part.complete):
+                    bank = _append(bank, new, place.slot(place.num_valid))
                 return (stream, newest, bank), (report, kept)
 
             carry = stream, newest, bank
@@ -284,11 +281,12 @@ def depth_scan(
             (bank_bar,), put = jax.vjp(rule.sources, bank)[1](values_bar), _add
             newest_bar = None
 
-        def slot_transpose(slot_bar, place, index):
-            """The cotangents of a source and of the parameters, from that of its slot."""
-            source = rule.sources(_slot_at(bank, place.slot(index)))
+        def slot_transpose(slot_bar, place, index, sites_bar):
+            """From the cotangent of a source's slot: (that of the source, that of the parameters plus `sites_bar`)."""
+            source = rule.sources(slot_at(bank, place.slot(index)))
             _, pullback = jax.vjp(lambda sites, source: rule.slot(sites, source, index), sites, source)
-            return pullback(slot_bar)[::-1]
+            own_bar, source_bar = pullback(slot_bar)
+            return source_bar, jax.tree.map(jnp.add, sites_bar, own_bar)
 
         for index, segment in reversed(list(enumerate(segments))):
 
@@ -300,20 +298,19 @@ def depth_scan(
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
                 if part and appended[index]:
                     *new_bar, slot_bar = new_bar
-                    newest_bar, slot_bar = slot_transpose(slot_bar, place, place.num_valid + appended[index] - 1)
-                    sites_bar = jax.tree.map(jnp.add, sites_bar, slot_bar)
+                    last = place.num_valid + appended[index] - 1
+                    newest_bar, sites_bar = slot_transpose(slot_bar, place, last, sites_bar)
                 new = _slots_from(place.slot(place.num_valid), len(new_bar), bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
-                cotangents = stream_bar, tuple(new_bar), newest_bar, report_bar
-                site_bar, stream_bar, view_bar, parameters_bar = pullback(cotangents)
+                out_bar = stream_bar, tuple(new_bar), newest_bar, report_bar
+                site_bar, stream_bar, view_bar, parameters_bar = pullback(out_bar)
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 sites_bar = jax.tree.map(lambda *own: sum(own), sites_bar, site_bar, read_bar)
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
                 if part is None and bank is not None:
-                    slot_bar = _slot_at(bank_bar, place.num_valid - 1)
-                    newest_bar, slot_bar = slot_transpose(slot_bar, place, place.num_valid - 1)
-                    sites_bar = jax.tree.map(jnp.add, sites_bar, slot_bar)
+                    last = place.num_valid - 1
+                    newest_bar, sites_bar = slot_transpose(slot_at(bank_bar, last), place, last, sites_bar)
                 new_bar = _slots_from(place.slot(place.num_valid - appended[index]), settled[index], bank_bar)
                 stacks_bar = put(stacks_bar, segment.kinds, slots, parameters_bar)
                 newest_bar = None if part else newest_bar
@@ -343,6 +340,11 @@ def depth_scan(
 def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
     """How many sources all blocks of the segments leave."""
     return sum(len(segment.slots) * rule.part(segment).num_appended(len(segment.kinds)) for segment in segments)
+
+
+def slot_at(bank: PyTree, index: int | Int[Array, ""]) -> PyTree:
+    """One slot of a bank, or of any array along its first axis."""
+    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, index, keepdims=False), bank)
 
 
 def kept_in_bank(source: Array) -> Array:
@@ -414,12 +416,8 @@ def _append(bank: PyTree, new: Sequence[PyTree], start: Int[Array, ""]) -> PyTre
     return bank
 
 
-def _slot_at(bank: PyTree, index: int | Int[Array, ""]) -> PyTree:
-    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, index, keepdims=False), bank)
-
-
 def _slots_from(start: int | Int[Array, ""], count: int, bank: PyTree) -> tuple[PyTree, ...]:
-    return tuple(_slot_at(bank, start + i) for i in range(count))
+    return tuple(slot_at(bank, start + i) for i in range(count))
 
 
 def _take(stacks, kinds, slots):

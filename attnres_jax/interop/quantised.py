@@ -42,8 +42,8 @@ def quantised(entries: Mapping[str, Entry]) -> dict[str, Quantised]:
         name = values.removesuffix("_packed")
         if name.endswith(".weight") and name != values:
             found[name] = _mxfp4(name, entry, entries.get(f"{name}_scale"))
-        elif entry.dtype == "F8_E4M3" and f"{name}_scale_inv" in entries:
-            found[name] = _fp8(name, entry, entries[f"{name}_scale_inv"])
+        elif entry.dtype == "F8_E4M3" and f"{values}_scale_inv" in entries:
+            found[values] = _fp8(values, entry, entries[f"{values}_scale_inv"])
     return found
 
 

@@ -82,16 +82,16 @@ class TensorStore:
 
     def _read(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
         safetensors, file, entry = need("safetensors"), self.files[name], self.stored[name]
-        if entry.dtype == "F8_E4M3":  # which the library does not give to NumPy
-            with (self.directory / file).open("rb") as opened:
-                begin = 8 + int.from_bytes(opened.read(8), "little") + entry.begin
-            mapped = np.memmap(self.directory / file, ml_dtypes.float8_e4m3fn, "r", begin, entry.shape)
-            return np.array(mapped[index or ...])
-        if file not in self._open:
-            try:
+        try:
+            if entry.dtype == "F8_E4M3":  # which the library does not give to NumPy
+                with (self.directory / file).open("rb") as opened:
+                    begin = 8 + int.from_bytes(opened.read(8), "little") + entry.begin
+                mapped = np.memmap(self.directory / file, ml_dtypes.float8_e4m3fn, "r", begin, entry.shape)
+                return np.array(mapped[index or ...])
+            if file not in self._open:
                 self._open[file] = safetensors.safe_open(str(self.directory / file), framework="numpy")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise InteropError(f"{self.directory / file} cannot be read: {error}") from None
+        except (OSError, safetensors.SafetensorError) as error:
+            raise InteropError(f"{self.directory / file} cannot be read: {error}") from None
         handle = self._open[file]
         if not index or 0 in entry.shape:
             return handle.get_tensor(name)
