@@ -29,8 +29,8 @@ from attnres_jax.errors import UserError
 
 T = TypeVar("T")
 
-LOST = re.compile(r"gloo|nccl|coordination service|connection (closed|reset)|socket closed", re.IGNORECASE)
-"""In the message of a failed collective: another process could not be reached."""
+LOST = re.compile(r"gloo|nccl|coordination ?service|connection (closed|reset)|socket closed", re.IGNORECASE)
+"""In the message of a failed collective, or of a save that waited for all: another process could not be reached."""
 DAY = 24 * 3600 * 1000
 """In milliseconds: what to wait for an answer at most. Who dies meanwhile is noticed by the service long before."""
 
@@ -128,8 +128,9 @@ def joined(group: Group | None, timeout: int) -> Iterator[None]:
             raise
         except BaseException as error:
             atexit.register(_leave, DeadProcessError.exit_code)  # before JAX's own, which waits for the others
-            if LOST.search(str(error)):
-                raise _dead(timeout, " ".join(str(error).split())[:150]) from None
+            words.leave_stderr_to_python()
+            if seen := _lost(error):
+                raise _dead(timeout, seen) from None
             raise
 
 
@@ -213,6 +214,11 @@ class _Words:
     def say(self, line: str, code: int) -> None:
         self.line, self.code = f"{sys.argv[0]}: {line}\n".encode(), code
 
+    def leave_stderr_to_python(self) -> None:
+        """From here on what the threads of JAX's libraries print, as they lose the others too, is not seen."""
+        sys.stderr = os.fdopen(os.dup(self.stderr), "w", buffering=1)
+        _close_stderr()
+
 
 @contextlib.contextmanager
 def _last_words() -> Iterator[_Words]:
@@ -224,6 +230,7 @@ def _last_words() -> Iterator[_Words]:
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def speak(_: int) -> None:
+        _close_stderr()
         os.write(words.stderr, words.line)
         os._exit(words.code)
 
@@ -269,15 +276,28 @@ def _meet(group: Group, timeout: int, words: _Words) -> None:
         raise ProcessError(f"{failure} ({' '.join(str(error).split())[:150]})") from None
 
 
-@contextlib.contextmanager
-def _stderr_closed(saved: int) -> Iterator[None]:
+def _close_stderr() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 2)
     os.close(null)
+
+
+@contextlib.contextmanager
+def _stderr_closed(saved: int) -> Iterator[None]:
+    _close_stderr()
     try:
         yield
     finally:
         os.dup2(saved, 2)
+
+
+def _lost(error: BaseException | None) -> str:
+    """What says that another process could not be reached, in the error or in one that it arose from; else ""."""
+    while error is not None:
+        if LOST.search(str(error)):
+            return " ".join(str(error).split())[:150]
+        error = error.__context__  # as when the save under way fails too while the first error closes it
+    return ""
 
 
 def _dead(timeout: int, seen: str = "") -> DeadProcessError:

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,13 +53,17 @@ def assert_same_losses(got, want):
     np.testing.assert_allclose([row[2] for row in got], [row[2] for row in want], rtol=1e-5)
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 class Processes:
     """A script in so many processes on this machine."""
 
     def __init__(self, count: int, *arguments: str, devices: int = 1, cluster: bool = False, script: str = "train.py"):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         base = os.environ | {
             "JAX_PLATFORMS": "cpu",
             "JAX_NUM_CPU_DEVICES": str(devices),
@@ -122,12 +127,16 @@ def logged(workdir: Path, step: int) -> Callable[[], bool]:
     return is_logged
 
 
+def saved(workdir: Path) -> bool:
+    """Whether there is a complete checkpoint."""
+    return any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*"))
+
+
 def test_two_then_one_then_four_processes_train_as_one(overrides, one_process, tmp_path):
     """Killed, told to stop, finished: on other numbers of processes, the losses of one that nothing happened to."""
     workdir, arguments = tmp_path / "run", training(tmp_path / "run", overrides)
-    when = logged(workdir, 6)
     two = Processes(2, *arguments, devices=2)
-    killed = two.send(1, signal.SIGKILL, when)
+    killed = two.send(1, signal.SIGKILL, lambda: saved(workdir))
     (code, _, err), _ = two.finish()
     assert code == 1 and time.monotonic() - killed < TIMEOUT + 5
     assert_last_words(err, "process 0 of 2")
@@ -153,7 +162,7 @@ def test_two_then_one_then_four_processes_train_as_one(overrides, one_process, t
 
 def assert_last_words(err: str, who: str):
     line = err.splitlines()[-1]
-    assert f"{who} ends because another one died" in line and "resumes from the newest checkpoint" in line
+    assert f"{who} ends because another one died" in line and "resumes from the newest checkpoint" in line, err
 
 
 def test_a_dead_first_process_ends_the_others_and_a_signal_to_one_stops_all(overrides, one_process, tmp_path):
@@ -181,6 +190,37 @@ def test_a_dead_first_process_ends_the_others_and_a_signal_to_one_stops_all(over
     lines = [err.splitlines()[-1] for _, _, err in ends]
     assert [code for code, _, _ in ends] == [2, 2] and lines[0] == lines[1], ends
     assert "seed=0 there, 7 asked" in lines[0]
+
+
+LOSING = """
+import os, sys
+from attnres_jax.parallel.processes import DeadProcessError, Group, joined
+try:
+    with joined(Group({coordinator!r}, 1, 0), 5):
+{failure}
+except DeadProcessError as error:
+    print(error, file=sys.stderr)
+    os.write(2, b"what one of JAX's threads logs meanwhile")
+"""
+GLOO = "raise RuntimeError('Gloo all-reduce failed: Read error')"
+BARRIER = "raise RuntimeError('Barrier failed. RPC: /xla.coordination.CoordinationService/Barrier')"
+
+
+CLOSING = f"""
+try:
+    {GLOO}
+finally:
+    raise OSError("nothing to close")
+"""
+
+
+@pytest.mark.parametrize("failure", [GLOO, BARRIER, CLOSING])
+def test_a_failed_collective_or_save_ends_with_the_last_words(failure):
+    script = LOSING.format(coordinator=f"localhost:{free_port()}", failure=textwrap.indent(failure, 8 * " "))
+    command = [sys.executable, "-c", script]
+    end = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert end.returncode == 1
+    assert_last_words(end.stderr, "process 0 of 1")
 
 
 def test_a_loss_that_is_not_finite_ends_all(overrides, tmp_path):
