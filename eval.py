@@ -48,14 +48,14 @@ def evaluate_run(workdir: Path, config: Config) -> str:
         name = f"{workdir} at step {step}"
     else:
         model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
+        step = None
         if model.config.vocab_size != config.model.vocab_size:
             raise flags.Error(
                 f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
             )
     text = one_first(lambda: load_text(config.data, config.model.vocab_size))
-    if PRETRAINED.value is None:
-        with open_checkpoints(workdir) as checkpoints:
-            checkpoints.check_text(step, text.fingerprint)
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.check_text(step or checkpoints.steps()[-1], text.fingerprint)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
     with use_mesh(mesh):
         placed = [put_batch(mesh, batch) for batch in batches]

@@ -18,9 +18,12 @@ def launch(main: Callable[[list[str], list[str]], int | None]) -> None:
     """Parses the flags, calls `main(positional arguments, overrides)` and exits.
 
     The exit code is main's own (0 for none); an error that the user can mend gives one line on stderr and its code.
+    `--help` prints the script's docstring and flags.
     """
     argv, changes = overrides(sys.argv)
     try:
+        if "--help" in argv or "-h" in argv:
+            sys.exit(print(_help()))
         sys.exit(main(flags.FLAGS(argv)[1:], changes))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -28,6 +31,14 @@ def launch(main: Callable[[list[str], list[str]], int | None]) -> None:
         _fail(str(error), UserError.exit_code)
     except UserError as error:
         _fail(str(error), error.exit_code)
+
+
+def _help() -> str:
+    """The docstring of the script, and its flags and the project's; those of libraries are left out."""
+    modules = sorted(flags.FLAGS.flags_by_module_dict())
+    own = [name for name in modules if name not in sys.modules or name.split(".")[0] in ("attnres_jax", name)]
+    described = "".join(flags.FLAGS.module_help(name) for name in own)
+    return f"{sys.modules['__main__'].__doc__}\nFlags:\n{described}"
 
 
 def _fail(message: str, code: int) -> None:

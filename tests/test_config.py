@@ -213,6 +213,13 @@ def test_arguments_take_the_types_of_their_defaults():
     assert (args.a, args.b, args.c, args.d) == (2, 0.5, True, "x=y")
 
 
+def test_help_is_the_docstring_and_the_projects_own_flags():
+    run = subprocess.run([sys.executable, str(ROOT / "train.py"), "--help"], capture_output=True, text=True)
+    assert run.returncode == 0 and not run.stderr
+    assert "Trains one run." in run.stdout and "--workdir: Directory of the run" in run.stdout
+    assert "--num_processes" in run.stdout and "grain" not in run.stdout
+
+
 @pytest.mark.parametrize(
     "command, message",
     [

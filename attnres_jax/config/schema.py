@@ -134,7 +134,7 @@ class ModelConfig:
     """RMS-normalise queries and keys of the attention before rotation."""
     tie_embeddings: bool = True
     dtype: str = "float32"
-    """Of activations and matmuls: float32 or bfloat16. Parameters are always float32."""
+    """Of activations and matmuls: float32 or bfloat16. Parameters are float32, or as a loaded checkpoint has them."""
     remat: str = "none"
     """What a block keeps for its backward pass: everything (none), matmul outputs (dots), its input only (full)."""
     attention: str = "auto"

@@ -140,7 +140,7 @@ def depth_logits(
 
 def _depth_logits_forward(sources, queries, key_scales, eps):
     values, rms = wide(sources), reciprocal_rms(sources, eps)
-    folded = (queries * key_scales).astype(values.dtype)  # only the product enters: w . (g * v) = (w * g) . v
+    folded = _folded(queries, key_scales, values.dtype)
     logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
     return logits, (sources, queries, key_scales, rms, logits)
 
@@ -148,7 +148,7 @@ def _depth_logits_forward(sources, queries, key_scales, eps):
 def _depth_logits_backward(eps, saved, logits_bar):
     sources, queries, key_scales, rms, logits = saved
     values = wide(sources)
-    folded = (queries * key_scales).astype(values.dtype)
+    folded = _folded(queries, key_scales, values.dtype)
     scaled = logits_bar * rms
     # d logit / d v = rms (w g - v rms logit / D): the second term is the derivative of the normalisation.
     along = jnp.sum(scaled * logits, axis=0) * rms / sources.shape[-1]
@@ -162,6 +162,11 @@ def _depth_logits_backward(eps, saved, logits_bar):
 
 
 depth_logits.defvjp(_depth_logits_forward, _depth_logits_backward)
+
+
+def _folded(queries, key_scales, dtype):
+    """Only the product enters: w . (g * v) = (w * g) . v; wide also where both are kept in bfloat16."""
+    return queries.astype(dtype) * key_scales.astype(dtype)
 
 
 def reciprocal_rms(sources: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch"]:

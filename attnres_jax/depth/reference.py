@@ -58,7 +58,7 @@ def plain_site(
             newest = unit_rms(values[-1], eps)
             query = query + jnp.matmul(newest, sites.query_projection[site], precision="highest")
         keys = values * _reciprocal_rms(values, eps)[..., None] if options.key_norm else values
-        products = (keys * (query * key_scale)).reshape(groups.shape)
+        products = (keys * (wide(query) * wide(key_scale))).reshape(groups.shape)
         logits = products.sum(-1)
     if options.recency_bias:
         logits = logits.at[-1].add(sites.recency[site])

@@ -27,7 +27,8 @@ def group_logits(
     keys = wide(sources)
     if key_scales is not None:
         keys = keys * jax.lax.rsqrt(jnp.mean(keys * keys, axis=(-2, -1), keepdims=True) + eps)
-        queries = queries * key_scales.reshape(len(key_scales), *[1] * (queries.ndim - 2), -1)
+        scales = key_scales.astype(keys.dtype).reshape(len(key_scales), *[1] * (queries.ndim - 2), -1)
+        queries = queries.astype(keys.dtype) * scales
     queries = queries.reshape(*queries.shape[:-1], *sources.shape[-2:]).astype(keys.dtype)
     letters = "s...hd" if queries.ndim > 3 else "shd"
     return jnp.einsum(f"...hd,{letters}->s...h", keys, queries, precision=HIGHEST)

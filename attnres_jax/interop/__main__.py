@@ -24,10 +24,14 @@ from attnres_jax.interop.report import inspect_text, verification_text
 from attnres_jax.interop.tokenizer import load_tokenizer
 
 RESIDUAL = flags.DEFINE_string("residual", "block", "convert: the depth rule.")
-LAYERS_PER_BLOCK = flags.DEFINE_integer("layers_per_block", 0, "convert: layers in a block; 0: about eight blocks.")
+LAYERS_PER_BLOCK = flags.DEFINE_integer(
+    "layers_per_block", 0, "convert: layers in a block; 0: about eight blocks.", lower_bound=0
+)
 SUM_SOURCES = flags.DEFINE_bool("sum_sources", True, "convert: keep the norms' eps out of the difference.")
-TEXT = flags.DEFINE_string("text", None, "verify: a text file; without it, or without a tokenizer, random tokens.")
-TOKENS = flags.DEFINE_integer("tokens", 512, "verify: how many tokens at most.")
+TEXT = flags.DEFINE_string(
+    "text", None, "verify: a text file, which the model's tokenizer reads; without it random tokens."
+)
+TOKENS = flags.DEFINE_integer("tokens", 512, "verify: how many tokens at most.", lower_bound=1)
 STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; the newest if not given.")
 DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "export: of the tensors; as trained if not given.")
 
@@ -84,17 +88,19 @@ def _tokens(original: str, config) -> np.ndarray:
 
 def _export(workdir: str, directory: str) -> None:
     # The command line is a script and stands above training; the package itself does not.
-    from attnres_jax.data import load_text
     from attnres_jax.training import restore_model
 
-    config, model, step = restore_model(workdir, STEP.value)
-    tokenizer = load_text(config.data, config.model.vocab_size).tokenizer
+    _, model, step = restore_model(workdir, STEP.value)
+    try:
+        tokenizer = (Path(workdir) / "tokenizer.json").read_bytes()
+    except OSError as error:
+        raise InteropError(f"{workdir}/tokenizer.json cannot be read: {error.strerror}") from None
     save_pretrained(
         model,
         directory,
         dtype=DTYPE.value,
         progress=True,
-        write_more=lambda folder: tokenizer.save(str(folder / "tokenizer.json")),
+        write_more=lambda folder: (folder / "tokenizer.json").write_bytes(tokenizer),
     )
     print(f"{directory} written from step {step} of {workdir}")
 

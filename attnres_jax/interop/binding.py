@@ -103,10 +103,13 @@ def _fit(binding: Binding, stored: Mapping[str, Entry]) -> Binding:
     return binding
 
 
-def check(table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry], where: Any) -> None:
+def check(
+    table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry], where: Any, num_further: int = 0
+) -> None:
     """Holds what a directory has to what the model needs.
 
-    A tied model may have its head stored too; the caller compares the two.
+    A tied model may have its head stored too; the caller compares the two. `num_further` layers behind the last one may
+    be there, which are not read.
 
     Raises:
       InteropError: one line with the first tensors that are missing, of another shape, or in nobody's use.
@@ -115,7 +118,8 @@ def check(table: Table, bindings: Sequence[Binding], stored: Mapping[str, Entry]
     num_layers = 1 + max(
         int(name.split("model.layers.")[1].split(".")[0]) for name in wanted if "model.layers." in name
     )
-    ignored = [table.prefix + pattern.replace("{num_layers}", str(num_layers)) for pattern in table.ignored]
+    further = [f"model.layers.{layer}.*" for layer in range(num_layers, num_layers + num_further)]
+    ignored = [table.prefix + pattern for pattern in (*table.ignored, *further)]
     ignored += table.ignored_outside
     if tied_head(table, bindings, stored):
         ignored.append(tied_head(table, bindings, stored))

@@ -14,6 +14,7 @@ from attnres_jax.models import FAMILIES, Family, family_of
 from attnres_jax.models.family import same_function, write_depth
 
 DEPTH_KEYS = ("attn_res_block_size", "attn_res_sum")
+FURTHER = "num_nextn_predict_layers"
 
 
 def read_config_json(directory: Path) -> tuple[Family, ModelConfig, dict[str, Any]]:
@@ -47,15 +48,28 @@ def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Famil
         differing = same_function(there, config)
         if differing:
             raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
-        return family, _without_quantisation(with_depth(family, values, config))
+        return family, _as_written(with_depth(family, values, config))
     except ConfigError as error:
         raise InteropError(str(error)) from None
 
 
+def num_further_layers(family: Family, values: Mapping[str, Any]) -> int:
+    """Layers of multi-token prediction behind the last one, which a checkpoint may have and nothing here reads.
+
+    Raises:
+      InteropError: if the number is none.
+    """
+    number = family.text_settings(values).get(FURTHER) or 0
+    if type(number) is not int or not 0 <= number <= 100:
+        raise InteropError(f"{FURTHER}={number!r} is no number of layers")
+    return number
+
+
 def with_depth(family: Family, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
-    """A `config.json` under the depth rule of `config`."""
+    """A `config.json` under the depth rule of `config`, and without `auto_map`, whose code does not come along."""
     text = _text_with_depth(family.text_settings(values), config)
-    return {**values, family.nested[0]: text} if family.nested else text
+    values = {**values, family.nested[0]: text} if family.nested else text
+    return {key: value for key, value in values.items() if key != "auto_map"}
 
 
 def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
@@ -70,13 +84,14 @@ def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str
     return kept | depth
 
 
-def _without_quantisation(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` for tensors that are written as plain numbers."""
-    return {
-        key: _without_quantisation(value) if isinstance(value, Mapping) else value
+def _as_written(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A `config.json` for tensors that are written as plain numbers, and without layers of multi-token prediction."""
+    kept = {
+        key: _as_written(value) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if key != "quantization_config"
     }
+    return kept | ({FURTHER: 0} if kept.get(FURTHER) else {})
 
 
 def write_config_json(directory: Path, values: Mapping[str, Any]) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from attnres_jax.config import DepthConfig
 from attnres_jax.errors import ConfigError
 from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit
-from attnres_jax.interop.config_json import read_config_json, with_depth, write_config_json
+from attnres_jax.interop.config_json import num_further_layers, read_config_json, with_depth, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
 from attnres_jax.interop.output import new_directory
@@ -74,7 +74,7 @@ def convert(
     leaves, table, store = named_leaves(shapes), TABLES[family.model_type], TensorStore(directory)
     bindings = bind(table, leaves, shapes.plan())
     old = fit([binding for binding in bindings if not is_site(binding.ours)], store.entries)
-    check(table, old, store.entries, directory)
+    check(table, old, store.entries, directory, num_further_layers(family, values))
     new = _new_tensors([b for b in bindings if is_site(b.ours)], store.dtype(embedding_name(old)))
     with new_directory(Path(target)) as temporary:
         write_config_json(temporary, values)
@@ -109,6 +109,8 @@ class Verification:
 
     layers: Float[np.ndarray, "layers"]
     """Of each transformer layer, the larger relative difference (Euclidean norms) of its two sublayers' outputs."""
+    largest: Float[np.ndarray, "layers"]
+    """Of each transformer layer, the largest absolute difference of a number in its two sublayers' outputs."""
     logits: float
     """Relative difference of the logits."""
     largest_logit: float
@@ -136,17 +138,21 @@ def verify(
     Raises:
       InteropError: if they cannot be compared.
     """
-    if len(original.plan()) != len(converted.plan()) or original.config.vocab_size != converted.config.vocab_size:
-        raise InteropError(
-            f"models of {original.config.num_layers} layers and vocabulary {original.config.vocab_size}, and of "
-            f"{converted.config.num_layers} and {converted.config.vocab_size}, are not one model under two rules"
-        )
+    pairs = {
+        name: (getattr(original.config, name), getattr(converted.config, name))
+        for name in ("num_layers", "width", "vocab_size")
+    }
+    differing = ", ".join(f"{name} ({a} and {b})" for name, (a, b) in pairs.items() if a != b)
+    if differing:
+        raise InteropError(f"the models differ in {differing}: they are not one model under two rules")
     batch = (tokens, segment_ids, positions)
     left, right = (_run(model, *batch) for model in (original, converted))
     sublayers = np.array([_relative(b, a) for a, b in zip(left[0], right[0], strict=True)])
+    largest = np.abs(right[0] - left[0]).max(axis=tuple(range(1, left[0].ndim)))
     logits = _relative(right[1], left[1])
     return Verification(
         layers=sublayers.reshape(-1, 2).max(1),
+        largest=largest.reshape(-1, 2).max(1),
         logits=logits,
         largest_logit=float(np.abs(right[1] - left[1]).max()),
         cause=_cause(original, converted, batch, logits),

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
 from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit, tied_head
-from attnres_jax.interop.config_json import config_json_of, read_config_json, write_config_json
+from attnres_jax.interop.config_json import config_json_of, num_further_layers, read_config_json, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
 from attnres_jax.interop.output import new_directory
@@ -59,7 +59,7 @@ def load_pretrained(
       InteropError: one line, for whatever is missing, extra, misshapen, damaged or not supported.
     """
     directory = local_directory(directory_or_repo_id)
-    family, stored_config, _ = read_config_json(directory)
+    family, stored_config, values = read_config_json(directory)
     config = dataclasses.replace(stored_config, dtype=dtype or stored_config.dtype)
     if residual is not None:
         config = with_rule(config, residual, directory)
@@ -70,7 +70,7 @@ def load_pretrained(
     new = stored_config.depth.rule != config.depth.rule
     bindings = bind(table, {n: x for n, x in leaves.items() if not new or not is_site(n)}, shapes.plan())
     bindings = fit(bindings, store.entries)
-    check(table, bindings, store.entries, directory)
+    check(table, bindings, store.entries, directory, num_further_layers(family, values))
     _check_tied_head(store, tied_head(table, bindings, store.entries), embedding_name(bindings))
     if sharding is None:
         sharding = partial(parameter_sharding, mesh) if mesh else _first_device
@@ -128,6 +128,10 @@ def save_pretrained(
     for name, binding in bindings.items():
         own = binding.dtype or dtype or str(np.dtype(leaves[binding.ours].dtype))
         dtypes[name] = there[name].dtype if name in there else STORED[DTYPES[own]]
+    head = tied_head(TABLES[family.model_type], list(bindings.values()), there)
+    if head:  # stored there beside the embedding: the same bytes again
+        embedding = embedding_name(list(bindings.values()))
+        bindings[head], dtypes[head] = bindings[embedding]._replace(theirs=head), there[head].dtype
     sizes = {name: math.prod(b.shape) * _numpy(dtypes[name]).itemsize for name, b in bindings.items()}
     part = _parts(leaves)
 

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from attnres_jax.interop.binding import bind, check, fit
-from attnres_jax.interop.config_json import read_config_json
+from attnres_jax.interop.config_json import num_further_layers, read_config_json
 from attnres_jax.interop.convert import Verification
 from attnres_jax.interop.hub import local_directory
 from attnres_jax.interop.pretrained import abstract_model
@@ -21,12 +21,12 @@ def inspect_text(name: Path | str) -> str:
       InteropError: if it could not be loaded.
     """
     directory = local_directory(name)
-    family, config, _ = read_config_json(directory)
+    family, config, values = read_config_json(directory)
     store, shapes = TensorStore(directory), abstract_model(config)
     leaves = named_leaves(shapes)
     table = TABLES[family.model_type]
     bindings = fit(bind(table, leaves, shapes.plan()), store.entries)
-    check(table, bindings, store.entries, directory)
+    check(table, bindings, store.entries, directory, num_further_layers(family, values))
     dtypes = Counter()
     for entry in store.entries.values():
         dtypes[entry.dtype] += math.prod(entry.shape)
@@ -49,8 +49,9 @@ def inspect_text(name: Path | str) -> str:
 
 def verification_text(found: Verification) -> str:
     """The differences by layer, then the verdict."""
-    lines = ["layer  relative difference"]
-    lines += [f"{layer:5}  {difference:.1e}" for layer, difference in enumerate(found.layers)]
+    lines = ["layer  relative difference  largest"]
+    rows = zip(found.layers, found.largest, strict=True)
+    lines += [f"{layer:5}  {relative:19.1e}  {largest:7.1e}" for layer, (relative, largest) in enumerate(rows)]
     lines += [
         f"logits: relative {found.logits:.1e}, largest {found.largest_logit:.1e}, over {found.tokens} tokens (float32)",
         f"cause: {found.cause}",

@@ -19,13 +19,8 @@ NUMPY = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "I32": np.dtype(np.int32),
-    "I64": np.dtype(np.int64),
-    "BOOL": np.dtype(np.bool_),
 }
-"""dtypes that can be read here."""
+"""dtypes of a model's numbers. Integers are quantised ones, which are known to `quantised` or not read."""
 
 STORED = {dtype: name for name, dtype in NUMPY.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -168,11 +163,18 @@ def write_tensors(
 
 
 def write_file(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """One safetensors file; the arrays are contiguous."""
-    save_file = need("safetensors.numpy").save_file
+    """One safetensors file; the arrays are contiguous.
+
+    Raises:
+      InteropError: if it cannot be written.
+    """
+    safetensors, save_file = need("safetensors"), need("safetensors.numpy").save_file
     path.touch()
     mode = path.stat().st_mode  # the library makes files that nobody else can read
-    save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    try:
+        save_file(dict(tensors), str(path), metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:  # a full disk, say
+        raise InteropError(f"{path} cannot be written: {error}") from None
     path.chmod(mode)
 
 

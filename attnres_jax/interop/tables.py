@@ -46,8 +46,7 @@ class Table:
       prefix: of all tensors, as in `language_model.`.
       whole: parameters outside the stack.
       sublayers: by kind of sublayer, the parameters of one.
-      ignored: patterns of tensors that may be there and are not read (`fnmatch`), behind the prefix; `{num_layers}`
-        stands for the number of layers.
+      ignored: patterns of tensors that may be there and are not read (`fnmatch`), behind the prefix.
       ignored_outside: patterns of whole names that are not read, such as those of a vision tower.
     """
 
@@ -153,16 +152,13 @@ SITES = (
 """AttnRes, under Kimi K3's names in every family: behind `layers.{layer}.self_attention_` and `layers.{layer}.mlp_` for
 the two sites of a layer, behind `output_attn_` for the readout."""
 
-BUFFERS = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
-"""Frequencies that old exports carry along; they follow from the settings."""
-
-FURTHER = ("model.mtp*", "model.layers.{num_layers}.*")
-"""Layers of multi-token prediction, where a checkpoint has them: behind the last one."""
+UNREAD = ("model.layers.*.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq", "model.mtp*")
+"""Frequencies that old exports carry along, which follow from the settings, and modules of multi-token prediction."""
 
 LLAMA = Table(
     whole=DECODER,
     sublayers={"gqa": GQA, "mla": MLA, "swiglu": SWIGLU, "moe": MOE},
-    ignored=(*BUFFERS, *FURTHER),
+    ignored=UNREAD,
 )
 
 KIMI_LINEAR = dataclasses.replace(

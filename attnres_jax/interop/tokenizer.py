@@ -43,6 +43,9 @@ MAX_CHARS, MAX_RUN = 400_000, 25_000
 """Kimi cuts a text into pieces of so many characters, and runs of blanks or of others that are longer than this: the
 pattern's engine is not made for longer ones."""
 
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+"""A tag of Hugging Face's templates around what the model says: for training masks, without effect on the text."""
+
 
 @runtime_checkable
 class Encoder(Protocol):
@@ -89,18 +92,17 @@ class ModelTokenizer:
         """
         if self.template is None:
             raise InteropError("this model has no chat template; give it a plain text")
-        jinja2 = need("jinja2")
         sandbox = need("jinja2.sandbox")
         environment = sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
-        environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False, **options)
+        environment.filters["tojson"] = _to_json
         environment.globals |= {"raise_exception": _refuse, "strftime_now": _now}
         given = {key: value for key, value in self.special.items() if value is not None} | more
         try:
-            template = environment.from_string(self.template)
+            template = environment.from_string(GENERATION.sub(_as_condition, self.template))
             return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # jinja2's own, and whatever the template's expressions come to
             raise InteropError(f"the chat template cannot be applied: {' '.join(str(error).split())}") from None
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **more: Any) -> list[int]:
@@ -209,7 +211,10 @@ def _pieces(text: str) -> Iterator[str]:
 def _template(directory: Path, settings: Mapping[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
     if path.exists():
-        return path.read_text(encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InteropError(f"{path} cannot be read: {error}") from None
     template = settings.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
@@ -239,6 +244,20 @@ def _content(token: Any) -> str | None:
 
 def _refuse(message: str) -> None:
     raise need("jinja2").TemplateError(message)
+
+
+def _as_condition(tag: re.Match[str]) -> str:
+    return f"{tag[1]}{'endif' if tag[2] else 'if true'}{tag[3]}"
+
+
+def _to_json(
+    x: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _now(style: str) -> str:

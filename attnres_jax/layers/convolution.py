@@ -35,7 +35,7 @@ class ShortConvolution(nnx.Module):
           segment_ids: documents, as runs of equal ids: none sees the inputs of another.
         """
         starts = None if segment_ids is None else document_starts(segment_ids)[..., None]
-        taps = self.taps[...]
+        taps = self._wide_taps()
         shifted, total, last = x, taps[-1] * x.astype(taps.dtype), []
         for i in range(1, len(taps)):
             last.append(shifted[:, -1])
@@ -51,8 +51,13 @@ class ShortConvolution(nnx.Module):
     ) -> tuple[Float[Array, "B channels"], Float[Array, "B before channels"]]:
         """One token."""
         window = jnp.concatenate([state, x[:, None].astype(state.dtype)], axis=1)
-        total = jnp.sum(self.taps[...] * window.astype(self.taps[...].dtype), axis=1)
+        taps = self._wide_taps()
+        total = jnp.sum(taps * window.astype(taps.dtype), axis=1)
         return jax.nn.silu(total).astype(x.dtype), window[:, 1:]
+
+    def _wide_taps(self):
+        taps = self.taps[...]
+        return taps.astype(jnp.promote_types(taps.dtype, jnp.float32))
 
     def init_state(self, batch: int, dtype: jax.typing.DTypeLike) -> Float[Array, "B before channels"]:
         """Nothing before the row."""

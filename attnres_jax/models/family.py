@@ -19,6 +19,8 @@ from attnres_jax.pattern import shorten
 
 REQUIRED = object()
 """The default of a key that has none."""
+MOST_LAYERS = 10_000
+"""What a `config.json` may ask for: a damaged number is to be refused, not built."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +85,8 @@ class Family:
         ours = dict(self.constants)
         for key in self.keys:
             ours[key.ours] = read_key(key, values)
+        if not 1 <= ours["num_layers"] <= MOST_LAYERS:
+            raise ConfigError(f"num_hidden_layers={ours['num_layers']} is not one of 1 to {MOST_LAYERS}")
         ours |= read_rope(values) | self.read_more(values)
         ours["dtype"] = _dtype(values)
         ours["depth"] = read_depth(values, ours["num_layers"])
@@ -206,10 +210,12 @@ def read_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"partial_rotary_factor={given['partial_rotary_factor']} is not supported; supported: 1.0")
     if kind == "default":
         return {"rope_theta": theta}
-    if kind not in SCALINGS:
+    if not isinstance(kind, str) or kind not in SCALINGS:
         raise ConfigError(f"{name}.rope_type={kind!r} is not supported; supported: default, {', '.join(SCALINGS)}")
     if given.get("attention_factor") is not None:
         raise ConfigError(f"{name}.attention_factor={given['attention_factor']} is not supported; supported: null")
+    if given.get("truncate", True) is not True:
+        raise ConfigError(f"{name}.truncate={given['truncate']!r} is not supported; supported: true")
     required, optional = SCALINGS[kind]
     missing = [theirs for theirs in required.values() if theirs not in given]
     if missing:

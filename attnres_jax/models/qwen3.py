@@ -80,7 +80,7 @@ PRESETS = {
 def refuse_windows(values: Mapping[str, Any]) -> dict[str, Any]:
     """Sliding-window attention is not supported; no further settings."""
     kinds = values.get("layer_types") or []
-    if any(kind != "full_attention" for kind in kinds):
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ConfigError(f"layer_types={kinds!r} is not supported; supported: full_attention everywhere")
     return {}
 

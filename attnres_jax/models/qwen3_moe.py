@@ -43,6 +43,8 @@ def _read_layers(values: Mapping[str, Any]) -> dict[str, Any]:
     step, dense = values.get("decoder_sparse_step", 1), values.get("mlp_only_layers") or []
     if type(step) is not int or step < 1:
         raise ConfigError(f"decoder_sparse_step={step!r} must be a positive number of layers")
+    if not isinstance(dense, list):
+        raise ConfigError(f"mlp_only_layers={dense!r} must be a list of layers")
     layers = range(values["num_hidden_layers"])
     kinds = ["moe" if (layer + 1) % step == 0 and layer not in dense else "swiglu" for layer in layers]
     return {"mlp_layers": shorten(kinds)}

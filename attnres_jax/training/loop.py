@@ -26,7 +26,7 @@ from attnres_jax.training.progress import Progress
 from attnres_jax.training.records import Records, read_summary, write_summary
 from attnres_jax.training.state import new_state
 from attnres_jax.training.step import batch_shapes, make_train_step
-from attnres_jax.training.workdir import claim
+from attnres_jax.training.workdir import claim, write_text
 
 
 def train(config: Config, workdir: Path | str) -> dict[str, Any]:
@@ -81,6 +81,8 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             state = checkpoints.restore(start, shapes, batches)
             _say(f"resuming {workdir} at step {start} of {steps}")
         else:
+            if jax.process_index() == 0:
+                write_text(workdir / "tokenizer.json", text.tokenizer.to_str())  # what the run's model reads, for good
             born = jax.tree.map(lambda leaf: leaf.sharding, shapes)
             state = jax.jit(partial(new_state, config, optimizer), out_shardings=born)()
 

@@ -9,6 +9,7 @@ from numerics import worst
 from attnres_jax.depth import depth_attention, inter_block, merge, normalise
 from attnres_jax.depth.operator import depth_logits
 from attnres_jax.depth.reference import plain_depth_attention
+from attnres_jax.depth.weighting import group_logits
 
 
 def draw(seed, num_sources, width=24, sites=1, batch=(2, 5)):
@@ -124,6 +125,15 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
     expected = values @ np.asarray(queries[0] * key_scales[0], np.float64) / rms
     np.testing.assert_allclose(logits[0], expected, rtol=1e-5, atol=1e-5)
     assert depth_attention(low, queries[0], key_scales[0]).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize("logits, groups", [(depth_logits, ()), (group_logits, (2,))])
+def test_queries_and_scales_kept_in_bfloat16_are_multiplied_in_float32(logits, groups):
+    sources, queries, key_scales, _ = draw(5, 3)
+    sources = sources.reshape(*sources.shape[:-1], *groups, -1)
+    low = [x.astype(jnp.bfloat16) for x in (queries, key_scales)]
+    wide = [x.astype(jnp.float32) for x in low]
+    np.testing.assert_array_equal(logits(sources, *low, 1e-6), logits(sources, *wide, 1e-6))
 
 
 def test_extreme_logits_stay_finite():

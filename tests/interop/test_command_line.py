@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import pytest
@@ -45,6 +46,9 @@ def test_inspect_convert_and_verify(tmp_path):
         (("inspect", "nowhere"), "'nowhere' is neither a directory nor a repository id"),
         (("convert", FIXTURES / "llama", FIXTURES), "is not an empty directory"),
         (("verify", FIXTURES / "llama", FIXTURES / "llama", "--text=nowhere"), "--text=nowhere cannot be read"),
+        (("verify", FIXTURES / "llama", FIXTURES / "llama", "--tokens=0"), "--tokens=0"),
+        (("verify", FIXTURES / "llama", FIXTURES / "kimi_linear"), "they are not one model under two rules"),
+        (("convert", FIXTURES / "llama", "out", "--layers_per_block=-1"), "--layers_per_block=-1"),
         (("export", "nowhere", "out"), "is not the workdir of a run"),
     ],
 )
@@ -61,6 +65,13 @@ def test_a_trained_run_goes_out_and_comes_back_with_the_same_loss(rule, tmp_path
     trained = run(f"--workdir={tmp_path / 'run'}", script=("eval.py",)).partition(": ")[2]
     exported = run(f"--workdir={tmp_path / 'run'}", f"--pretrained={tmp_path / 'out'}", script=("eval.py",))
     assert exported.partition(": ")[2] == trained and "held-out loss" in trained
-    text = next((tmp_path_factory.getbasetemp()).glob("text*/0.txt"))
+    text = Path(config.data.files).parent / "0.txt"
     out = run("verify", tmp_path / "out", tmp_path / "out", f"--text={text}")
     assert "none: the two are bitwise equal" in out
+    # The run has its tokenizer itself; on a changed text there is no comparison.
+    text.write_text("something else entirely")
+    run("export", tmp_path / "run", tmp_path / "again")
+    same = [(tmp_path / name / "tokenizer.json").read_bytes() for name in ("out", "again")]
+    assert same[0] == same[1]
+    error = run(f"--workdir={tmp_path / 'run'}", f"--pretrained={tmp_path / 'out'}", script=("eval.py",), code=2)
+    assert "has changed since step 6" in error

@@ -32,6 +32,7 @@ def test_the_logits_are_those_of_the_original(case, layers_per_block, tmp_path):
     assert converted.config.depth.block_size == 2 * (layers_per_block or 1)
     found = verify(original, converted, *batch(case))
     assert found.logits < 2e-6 and found.layers.max() < 2e-6 and found.same
+    assert found.largest.shape == found.layers.shape and found.largest.max() < 1e-4
     assert found.cause.startswith(("rounding", "none")) and found.tokens == 36
     mask = batch(case)[1]
     logits = np.asarray(jax.jit(lambda m, *b: m(*b))(converted, *batch(case)))[mask > 0]

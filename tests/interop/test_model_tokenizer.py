@@ -122,6 +122,8 @@ def test_damaged_files(file, content, message, tmp_path):
         ("{{ raise_exception('only users') }}", "only users"),
         ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "cannot be applied"),
         ("{{ messages.append(1) }}", "cannot be applied"),
+        ("{{ '<' + none }}", "cannot be applied"),
+        ("{{ 1 / 0 }}", "cannot be applied"),
     ],
 )
 def test_templates_that_fail_or_reach_out(template, message, fast):
@@ -129,3 +131,14 @@ def test_templates_that_fail_or_reach_out(template, message, fast):
     (fast / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(InteropError, match=message):
         load_tokenizer(fast).chat(MESSAGES)
+
+
+def test_what_hugging_faces_templates_may_say(fast):
+    template = (
+        "{% generation %}{{ {'é': 1} | tojson(ensure_ascii=True, indent=1) }}{%- endgeneration -%} {{ 'é' | tojson }}"
+    )
+    (fast / "chat_template.jinja").write_text(template)
+    assert load_tokenizer(fast).chat(MESSAGES) == '{\n "\\u00e9": 1\n}"é"'
+    (fast / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InteropError, match=r"chat_template\.jinja cannot be read"):
+        load_tokenizer(fast)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -59,6 +60,20 @@ def test_load_and_export_give_the_same_bytes(case, dtype, tmp_path):
         (directory / "config.json").read_text()
     )
     assert (tmp_path / "like/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_stored_in_bfloat16_is_multiplied_in_float32(case, tmp_path):
+    """With float32 activations the numbers are those of parameters that were widened first, every family's."""
+    save_pretrained(load_pretrained(FIXTURES / case), tmp_path / "in", like=None, dtype="bfloat16")
+    stored = load_pretrained(tmp_path / "in", residual="block", dtype="float32")
+    wide = load_pretrained(tmp_path / "in", residual="block", dtype="float32", param_dtype="float32")
+    for model in (stored, wide):
+        draw = jax.random.normal(jax.random.key(5), model.sites.query.shape).astype(jax.numpy.bfloat16)
+        model.sites.query[...] = draw.astype(model.sites.query.dtype)
+        model.sites.key_scale[...] = (1.3 * abs(draw)).astype(model.sites.key_scale.dtype)
+    assert stored.sites.query.dtype == jax.numpy.bfloat16 and wide.sites.query.dtype == np.float32
+    assert worst(logits(stored), logits(wide)) < 2e-5
 
 
 def test_kimi_k3s_names_in_any_family_and_its_unit(tmp_path):
@@ -160,6 +175,14 @@ np.testing.assert_allclose(run(model, tokens), run(whole, tokens), rtol=1e-4, at
             lambda held: [held.pop(name) for name in list(held) if "layers.1" in name],
             "9 missing: model.layers.1.input_layernorm.weight, model.layers.1.self_attn.q_proj.weight, ",
         ),
+        (
+            lambda held: held.update({"model.layers.3.mlp.up_proj.weight": np.zeros(2, np.float32)}),
+            "1 not part of such a model: model.layers.3.mlp.up_proj.weight",
+        ),
+        (
+            lambda held: held.update({"model.norm.weight": np.ones(32, np.int64)}),
+            "tensor 'model.norm.weight' of",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit(change, message, tmp_path):
@@ -176,9 +199,30 @@ def test_tensors_that_may_be_there(tmp_path):
         "model.mtp.layers.0.weight": np.zeros(8, np.float32),
     }
     rewrite(directory, lambda held: held.update(more | {"lm_head.weight": held["model.embed_tokens.weight"]}))
-    load_pretrained(directory)
+    save_pretrained(load_pretrained(directory), tmp_path / "out", like=directory)
+    written = tensors(tmp_path / "out")
+    assert same_bytes(written, {name: x for name, x in tensors(directory).items() if name not in more})
     rewrite(directory, lambda held: held.update({"lm_head.weight": held["lm_head.weight"] * 2}))
     assert "lm_head.weight is not model.embed_tokens.weight" in refused(directory)
+
+
+def test_layers_behind_the_last_one_are_those_that_config_json_counts(tmp_path):
+    """Layers of multi-token prediction; what is written without them says so, and does not ask for code either."""
+    directory = copy("deepseek_v3", tmp_path / "in")
+    last = load_pretrained(directory).config.num_layers
+    more = {f"model.layers.{last + i}.eh_proj.weight": np.zeros(8, np.float32) for i in range(2)}
+    rewrite(directory, lambda held: held.update(more))
+    edit_config(directory, num_nextn_predict_layers=2, auto_map={"AutoModel": "modeling.Model"})
+    save_pretrained(load_pretrained(directory), tmp_path / "out", like=directory)
+    values = json.loads((tmp_path / "out/config.json").read_text())
+    assert values["num_nextn_predict_layers"] == 0 and "auto_map" not in values
+    assert set(tensors(tmp_path / "out")) == set(tensors(directory)) - set(more)
+    edit_config(directory, num_nextn_predict_layers=1)
+    assert f"1 not part of such a model: model.layers.{last + 1}.eh_proj.weight" in refused(directory)
+    edit_config(directory, num_nextn_predict_layers="1")
+    assert "num_nextn_predict_layers='1' is no number of layers" in refused(directory)
+    edit_config(directory, num_nextn_predict_layers=0, num_hidden_layers=last - 1)
+    assert f"not part of such a model: model.layers.{last - 1}." in refused(directory)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +233,8 @@ def test_tensors_that_may_be_there(tmp_path):
         ({"hidden_size": "32"}, "hidden_size='32' must be int"),
         ({"hidden_size": True}, "hidden_size=True must be int"),
         ({"num_hidden_layers": None}, "num_hidden_layers is missing"),
-        ({"num_hidden_layers": 0}, "model.num_layers=0 must be positive"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0 is not one of 1 to 10000"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000 is not one of 1 to 10000"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported; supported: 'silu'"),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"dtype": "int8"}, "dtype='int8' is not supported"),
@@ -199,6 +244,11 @@ def test_tensors_that_may_be_there(tmp_path):
             {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.0}},
             "rope_parameters.attention_factor=1.0 is not supported; supported: null",
         ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+            "rope_parameters.truncate=False is not supported; supported: true",
+        ),
+        ({"rope_parameters": {"rope_type": ["yarn"]}}, "rope_parameters.rope_type=['yarn'] is not supported"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters.factor is missing"),
         ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x' must be a number"),
         ({"rope_parameters": [1]}, "is not supported; supported: one flat group"),
@@ -207,6 +257,20 @@ def test_tensors_that_may_be_there(tmp_path):
 )
 def test_settings_that_are_refused(changes, message, tmp_path):
     directory = copy("llama", tmp_path / "in")
+    edit_config(directory, **changes)
+    assert message in refused(directory)
+
+
+@pytest.mark.parametrize(
+    "case, changes, message",
+    [
+        ("qwen3", {"layer_types": 5}, "layer_types=5 is not supported"),
+        ("qwen3_moe", {"mlp_only_layers": 5}, "mlp_only_layers=5 must be a list of layers"),
+        ("qwen3_moe", {"num_hidden_layers": -1}, "num_hidden_layers=-1 is not one of"),
+    ],
+)
+def test_settings_of_a_family_that_are_refused(case, changes, message, tmp_path):
+    directory = copy(case, tmp_path / "in")
     edit_config(directory, **changes)
     assert message in refused(directory)
 
@@ -235,6 +299,12 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     def fail(directory):
         raise KeyboardInterrupt
 
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))  # as a full disk
+    try:
+        attempt("cannot be written: ")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(drawn(), tmp_path / "out", write_more=fail)
     assert [path.name for path in tmp_path.iterdir()] == ["used"]

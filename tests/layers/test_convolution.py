@@ -73,3 +73,14 @@ def test_half_precision_sums_in_float32():
     y, state = conv(x, conv.init_state(2, "bfloat16"))
     assert y.dtype == state.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y, conv(x.astype(jnp.float32), state.astype(jnp.float32) * 0)[0].astype(jnp.bfloat16))
+
+
+def test_taps_stored_in_half_precision_sum_in_float32_too():
+    conv, wide = (ShortConvolution(6, 4, rngs=nnx.Rngs(0)) for _ in range(2))
+    conv.taps[...] = conv.taps[...].astype(jnp.bfloat16)
+    wide.taps[...] = conv.taps[...].astype(jnp.float32)
+    x = jax.random.normal(jax.random.key(1), (2, 9, 6))
+    state = jax.random.normal(jax.random.key(2), (2, 3, 6))
+    for got, want in zip(conv(x, state), wide(x, state), strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(conv.step(x[:, 0], state)[0], wide.step(x[:, 0], state)[0])
