@@ -30,7 +30,9 @@ from attnres_jax.errors import ConfigError
 from attnres_jax.models import Decoder
 from attnres_jax.training import TrainState, learning_rate_schedule, make_optimizer, make_train_step, retain_host_memory
 
-ARMS = flags.DEFINE_list("arms", ["residual", "plain", "block", "full"], "Depth rules; the first is the baseline.")
+ARMS = flags.DEFINE_list(
+    "arms", ["residual", "plain", "block", "full", "rms_block"], "Depth rules; the first is the baseline."
+)
 WIDTH = flags.DEFINE_integer("width", 512, "Model width.")
 LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers; with several --blocks, those of 8 blocks.")
 BLOCKS = flags.DEFINE_list("blocks", ["8"], "Blocks N of the block rule, a table each; layers a block stay the same.")

@@ -26,6 +26,11 @@ def test_operator_example_is_block_attnres(scale):
     out = namespace["forward"](h, sublayers, sites.query[...], sites.key_scale[...])
     plain = rule.plain(sites, h, sublayers)
     assert worst(out, plain.inputs[-1]) < 1e-6
+    low = [x.astype(jnp.bfloat16) for x in (h, sites.query[...], sites.key_scale[...])]
+    seen = []
+    sublayers = [lambda x, w=w: seen.append(x.dtype) or jnp.tanh(x @ w.astype(x.dtype)) for w in weights]
+    assert namespace["forward"](low[0], sublayers, *low[1:]).dtype == jnp.bfloat16
+    assert all(dtype == jnp.bfloat16 for dtype in seen)
     if not scale:
         assert worst(out, (h + sum(plain.outputs)) / 3) < 1e-6
 

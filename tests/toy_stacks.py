@@ -15,8 +15,8 @@ REMAT = ("none", "dots", "full")
 
 
 def call(kind, weight, h, context):
-    """A sublayer, in the dtype of its weight, and what it reports."""
-    h = h.astype(weight.dtype)
+    """A sublayer, and what it reports. What it is given has to have the model's dtype, at every site."""
+    assert h.dtype == weight.dtype, (h.dtype, weight.dtype)
     y = (jnp.tanh(h) if kind == "tanh" else h) @ weight + context
     return y, {"mean": y.mean()}
 

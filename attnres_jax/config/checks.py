@@ -228,8 +228,10 @@ def _nearest_divisor(number: int, to: int) -> int:
 
 def _not_negative(group: str, values: Any, *keys: str) -> None:
     for key in keys:
-        if not getattr(values, key) >= 0:
-            raise ConfigError(f"{group}.{key}={getattr(values, key)} must not be negative")
+        value = getattr(values, key)
+        if not 0 <= value < math.inf:
+            wrong = "must be finite" if value == math.inf else "must not be negative"
+            raise ConfigError(f"{group}.{key}={value} {wrong}")
 
 
 def _positive(group: str, values: Any, *keys: str) -> None:

@@ -155,6 +155,10 @@ def _unknown(what: str, key: str, known: Sequence[str]) -> str:
         key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], 1, 0.4
     )
     full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
+    group = key.rpartition(".")[0]
+    siblings = [name.rpartition(".")[2] for name in known if group and name.rpartition(".")[0] == group]
     return f"{what or 'config '}key {key!r} is unknown; " + (
-        f"did you mean {full!r}?" if full else f"known: {', '.join(known)}"
+        f"did you mean {full!r}?" + (f" known in {group}: {', '.join(siblings)}" if siblings else "")
+        if full
+        else f"known: {', '.join(known)}"
     )

@@ -47,6 +47,8 @@ def make_rule(name: str, block_size: int, eps: float, options: Options = DEFAULT
     if name not in RULES:
         raise ValueError(f"rule={name!r} is unknown; known: {', '.join(RULES)}")
     check(options, RULES[name].OPTIONS, name)
+    if block_size < 1:
+        raise ValueError(f"block_size={block_size} must be at least 1")
     # A block of one sublayer is a source of its own: the rule without blocks, which schedules two or more at a time.
     if block_size == 1:
         name = {"block": "full", "delta_block": "delta"}.get(name, name)

@@ -67,7 +67,11 @@ class Block:
         own = [self.num_own(i) for i in range(place.num_sites)]
         weights, maximum, denominator = self.weigh(sites, _logits(bank, place), place.site, place.num_valid, own)
         state = State(mix(bank.values, weights, place.num_valid, place.slot(0)), maximum, denominator)
-        return tuple(state.site(i) for i in range(place.num_sites))
+        return tuple(self.finished(state.site(i), bank) if own[i] == 0 else state.site(i) for i in range(len(own)))
+
+    def finished(self, state: State, bank: Bank) -> State:
+        """Of a site that reads the bank alone: what it reads, in the dtype of the sources as at any other site."""
+        return state._replace(numerator=state.numerator.astype(bank.values.dtype))
 
     def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Bank):
         """The backward pass of phase 1, added into the bank's cotangent."""
@@ -75,7 +79,7 @@ class Block:
         weigh = lambda sites, logits: self.weigh(sites, logits, place.site, place.num_valid, own)  # noqa: E731
         (weights, maximum, _), unweigh = jax.vjp(weigh, sites, _logits(bank, place))
         values_bar, weights_bar = mix_transpose(
-            bank.values, weights, place.num_valid, [x.numerator for x in view_bar], bank_bar.values, place.slot(0)
+            bank.values, weights, place.num_valid, [wide(x.numerator) for x in view_bar], bank_bar.values, place.slot(0)
         )
         denominator_bar = jnp.stack([state.denominator for state in view_bar])
         sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))

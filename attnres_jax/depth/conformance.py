@@ -116,7 +116,7 @@ def _load(path: Path) -> Case:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a conformance case: {error}") from error
+        raise UserError(f"{path} is not a conformance case: it is no .npz file of plain arrays") from error
     version = arrays.get("format_version")
     if version is None or version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version}; this program reads version {FORMAT_VERSION}")
@@ -142,8 +142,10 @@ def check(
       A verdict for every quantity at every site.
 
     Raises:
-      ValueError: if `results` has an unknown name, or too little to judge.
+      ValueError: if `results` has an unknown name, or too little to judge, or `dtype` no tolerance.
     """
+    if dtype not in TOLERANCES and tolerance is None:
+        raise ValueError(f"dtype={dtype!r} has no tolerance of its own: give one; known: {', '.join(TOLERANCES)}")
     unknown = sorted(set(results) - set(EXPECTED))
     if unknown:
         raise ValueError(f"unknown results {unknown}; the names are {list(EXPECTED)}")

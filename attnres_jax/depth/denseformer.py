@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from attnres_jax.depth.bank import Bare
-from attnres_jax.depth.operator import mix, mix_transpose
+from attnres_jax.depth.operator import mix, mix_transpose, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain
 from attnres_jax.depth.scan import Place, Sublayer
@@ -48,14 +48,14 @@ class DenseFormer(Bare):
     def read(
         self, sites: SourceWeights, bank: Float[Array, "N *batch D"], place: Place
     ) -> tuple[Float[Array, "*batch D"], ...]:
-        """Each of the block's sites over the sources before the block; float32."""
-        mixed = mix(bank, _weights(sites, bank, place), place.num_valid)
-        return tuple(mixed[i] for i in range(place.num_sites))
+        """Each of the block's sites over the sources before the block; float32 where more is added to it."""
+        first, *others = mix(bank, _weights(sites, bank, place), place.num_valid)
+        return (first.astype(bank.dtype), *others)
 
     def read_transpose(self, sites: SourceWeights, bank, place: Place, view, view_bar, bank_bar):
         """The backward pass of `read`, added into the bank's cotangent."""
         weights, pullback = jax.vjp(lambda sites: _weights(sites, bank, place), sites)
-        bank_bar, weights_bar = mix_transpose(bank, weights, place.num_valid, list(view_bar), bank_bar)
+        bank_bar, weights_bar = mix_transpose(bank, weights, place.num_valid, [wide(x) for x in view_bar], bank_bar)
         return *pullback(weights_bar), bank_bar
 
     def block(self, sites: SourceWeights, stream: None, view, place: Place, sublayers: Sequence[Sublayer]):
@@ -64,8 +64,8 @@ class DenseFormer(Bare):
         for i, sublayer in enumerate(sublayers):
             h = view[i]
             for k, y in enumerate(outputs):
-                h = h + sites.weight[place.site + i, place.num_valid + k] * y
-            outputs.append(sublayer(h.astype(outputs[0].dtype) if outputs else h))
+                h = h + wide(sites.weight[place.site + i, place.num_valid + k]) * y
+            outputs.append(sublayer(h.astype(view[0].dtype)))
         return None, tuple(outputs[:-1]), outputs[-1]
 
     def num_appended(self, num_sites: int) -> int:
@@ -78,14 +78,14 @@ class DenseFormer(Bare):
         """The last site, over all sources."""
         place = Place(jnp.int32(len(bank)), jnp.int32(len(bank)), 1)
         mixed = mix(bank, _weights(sites, bank, place), place.num_valid)[0]
-        return (mixed + sites.weight[-1, len(bank)] * newest).astype(newest.dtype)
+        return (mixed + wide(sites.weight[-1, len(bank)]) * newest).astype(newest.dtype)
 
     def plain(self, sites: SourceWeights, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
         plain = Plain([], [], [], [], [])
         for site in range(len(sublayers) + 1):
             sources = [embedding, *plain.outputs]
-            weights = sites.weight[site, : len(sources)]
+            weights = wide(sites.weight[site, : len(sources)])
             h = sum(weight * source for weight, source in zip(weights, sources, strict=True)).astype(embedding.dtype)
             plain.inputs.append(h)
             plain.weights.append(jnp.broadcast_to(_over_batch(weights, embedding), (site + 1, *embedding.shape[:-1])))
@@ -100,7 +100,7 @@ class DenseFormer(Bare):
 
 
 def _weights(sites, bank, place) -> Float[Array, "N S *batch"]:
-    rows = jax.lax.dynamic_slice_in_dim(sites.weight[...], place.site, place.num_sites)[:, : len(bank)].T
+    rows = jax.lax.dynamic_slice_in_dim(wide(sites.weight[...]), place.site, place.num_sites)[:, : len(bank)].T
     return jnp.broadcast_to(_over_batch(rows, bank[0]), (*rows.shape, *bank.shape[1:-1]))
 
 

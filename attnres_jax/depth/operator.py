@@ -54,7 +54,12 @@ def depth_attention(
       key_scale: the site's RMSNorm gain; None stands for ones.
       eps: added to the mean square of a source.
       return_weights: also return the float32 weights, which sum to one over N.
+
+    Raises:
+      ValueError: if there are no sources.
     """
+    if not len(sources):
+        raise ValueError(f"sources of shape {sources.shape}: a site needs at least one")
     state = inter_block(sources, query[None], None if key_scale is None else key_scale[None], len(sources), eps=eps)
     mixed = normalise(state.site(0)).astype(sources.dtype)
     if not return_weights:

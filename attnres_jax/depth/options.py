@@ -1,6 +1,7 @@
 """What can be set about a depth rule beside its name and block size."""
 
 import dataclasses
+import math
 
 KINDS = {"query": ("learned", "input", "none"), "weights": ("softmax", "sigmoid")}
 """What the options that are words may be."""
@@ -48,6 +49,8 @@ def check(options: Options, known: tuple[str, ...], rule: str) -> None:
     for name, least in (("heads", 1), ("window", 0), ("streams", 1)):
         if getattr(options, name) < least:
             raise ValueError(f"{name}={getattr(options, name)} must be at least {least}")
+    if not math.isfinite(options.recency_bias):
+        raise ValueError(f"recency_bias={options.recency_bias} must be finite")
     if options.query == "none" and not options.key_norm:
         raise ValueError("key_norm=False has no effect with query='none': there are no keys; set one of the two")
     if options.sum_sources and (options.weights == "sigmoid" or options.window):

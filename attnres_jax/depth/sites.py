@@ -13,9 +13,14 @@ class Sites(nnx.Module):
     Queries start at zero: every site then reads the mean of its sources, and behind the pre-norms the model is exactly
     the residual baseline (section 5). The query of site 0 is inert, since it has one source only. Options add
     `query_projection` [L+1, D, D] and `recency` [L+1], or put `source_logit` [L+1, sources] in the place of both.
+
+    Raises:
+      ValueError: if the heads do not divide the width.
     """
 
     def __init__(self, num_sublayers: int, width: int, options: Options = DEFAULTS, num_sources: int = 0):
+        if width % options.heads:
+            raise ValueError(f"heads={options.heads} does not divide the width {width}")
         sites = num_sublayers + 1
         if options.query == "none":
             self.source_logit = nnx.Param(jnp.zeros((sites, num_sources)))

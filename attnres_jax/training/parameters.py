@@ -31,6 +31,15 @@ MODULES = {
 counts."""
 
 
+DEPTH_GROUPS = {
+    "query": "depth_queries",
+    "query_projection": "depth_queries",
+    "source_logit": "depth_queries",
+    "key_scale": "depth_key_scales",
+}
+"""The same for a depth rule's parameters, by their own names: what says where a site looks is its query."""
+
+
 def parameter_group(name: str) -> str:
     """embedding, head, attention, mlp, experts, router, norms, depth_queries, depth_key_scales or depth_other.
 
@@ -39,7 +48,7 @@ def parameter_group(name: str) -> str:
     """
     first, *_, leaf = name.split(".")
     if first == "sites":
-        return {"query": "depth_queries", "key_scale": "depth_key_scales"}.get(leaf, "depth_other")
+        return DEPTH_GROUPS.get(leaf, "depth_other")
     if leaf == "scale":
         return "norms"
     for module, group in MODULES.items():

@@ -6,7 +6,11 @@ read in the same way, to show that the reader would see it.
 
 import dataclasses
 import functools
+import importlib.util
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import jax
@@ -58,8 +62,10 @@ class RestackedDecoder(Decoder):
 
 
 @functools.cache
-def lowered_step(decoder: type[Decoder], dtype: str, remat: str) -> jax.stages.Lowered:
-    """The project's training step."""
+def lowered_step(
+    decoder: type[Decoder], dtype: str, remat: str, rule: str = "block", device: jax.Device | None = None
+) -> jax.stages.Lowered:
+    """The project's training step, for a device that need not be there."""
     model_config = ModelConfig(
         vocab_size=32,
         width=WIDTH,
@@ -70,7 +76,7 @@ def lowered_step(decoder: type[Decoder], dtype: str, remat: str) -> jax.stages.L
         max_length=TOKENS,
         dtype=dtype,
         remat=remat,
-        depth=DepthConfig(rule="block", block_size=SUBLAYERS),
+        depth=DepthConfig(rule=rule, block_size=SUBLAYERS),
     )
     config = dataclasses.replace(Config(), model=model_config)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -84,7 +90,11 @@ def lowered_step(decoder: type[Decoder], dtype: str, remat: str) -> jax.stages.L
     batch = dict.fromkeys(("inputs", "targets", "segment_ids", "positions"), integers)
     batch["weights"] = jax.ShapeDtypeStruct((BATCH, TOKENS), jnp.float32)
     step = make_train_step(config.training, optimizer, schedule)
-    return step.lower(jax.eval_shape(new_state), batch, jax.ShapeDtypeStruct((32,), jnp.int32))
+    arguments = (jax.eval_shape(new_state), batch, jax.ShapeDtypeStruct((32,), jnp.int32))
+    if device is not None:
+        place = functools.partial(jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device))
+        arguments = jax.tree.map(lambda x: place(x.shape, x.dtype), arguments)
+    return step.lower(*arguments)
 
 
 @functools.cache
@@ -144,6 +154,29 @@ def test_a_bfloat16_bank_is_never_float32(remat):
     found = set(activations(lowered_step(Decoder, "bfloat16", remat).as_text()))
     assert ("bf16", SLOTS) in found
     assert ("f32", SLOTS) not in found
+
+
+TPU = f"""
+import sys
+sys.path[:0] = {sys.path!r}
+from jax.experimental import topologies
+from test_hlo import Decoder, activations, lowered_step
+device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+for rule in ("block", "rms_block", "full"):
+    found = set(activations(lowered_step(Decoder, "bfloat16", "full", rule, device).compile().as_text()))
+    print(*[max(count for dtype, count in found if dtype == own) for own in ("bf16", "f32")])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'attnres_jax[tpu]'")
+def test_a_bfloat16_bank_is_never_float32_on_a_tpu():
+    """As the TPU's compiler leaves it: no float32 array is of more than one source."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
+    run = subprocess.run([sys.executable, "-c", TPU], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = np.array(run.stdout.split(), int).reshape(3, 2)
+    assert (found[:, 0] >= SLOTS).all() and (found[:, 1] == 1).all()
 
 
 def test_a_float32_bank_would_be_seen():

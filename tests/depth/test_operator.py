@@ -136,6 +136,11 @@ def test_queries_and_scales_kept_in_bfloat16_are_multiplied_in_float32(logits, g
     np.testing.assert_array_equal(logits(sources, *low, 1e-6), logits(sources, *wide, 1e-6))
 
 
+def test_a_site_without_sources_is_refused():
+    with pytest.raises(ValueError, match="a site needs at least one"):
+        depth_attention(jnp.zeros((0, 2, 24)), jnp.zeros(24))
+
+
 def test_extreme_logits_stay_finite():
     sources, queries, key_scales, cotangent = draw(6, 5)
     value, gradients = value_and_gradients(depth_attention, cotangent, sources, 1e4 * queries[0], key_scales[0])

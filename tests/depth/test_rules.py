@@ -55,6 +55,22 @@ def test_scan_equals_the_plain_loop_in_float64(name, options):
                 assert worst(value_and_gradients(form, stacks, sites, embedding), expected) < 1e-12
 
 
+@pytest.mark.parametrize("name, options", FEW)
+def test_every_site_reads_the_models_dtype(name, options):
+    """In bfloat16, the first site of a block too; the sublayers assert it."""
+    rule = make(name, options)
+    stacks, sites, embedding, context = draw(rule, jnp.bfloat16)
+    for form in (functools.partial(scanned, rule, context, "none"), functools.partial(plain, rule, context)):
+        jax.eval_shape(form, stacks, sites, embedding)
+    out, gradients = jax.eval_shape(
+        jax.value_and_grad(lambda *own: scanned(rule, context, "none", *own)[0].sum(), (0, 1, 2)),
+        stacks,
+        sites,
+        embedding,
+    )
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves((out, gradients))} == {"bfloat16"}
+
+
 @pytest.mark.parametrize("name, options", FEW[1:])
 def test_a_gradient_equals_a_finite_difference(name, options):
     """Along one direction in all of the rule's parameters and the embedding."""
@@ -129,6 +145,10 @@ def test_blocks_of_one_sublayer_are_rules_without_blocks():
     assert type(make("delta_block", {}, 1)) is Delta
     with pytest.raises(ValueError, match=r"block_size=1 .* nearest: block_size=2"):
         make("rms_block", {}, 1)
+    with pytest.raises(ValueError, match="block_size=0 must be at least 1"):
+        make("block", {}, 0)
+    with pytest.raises(ValueError, match="heads=5 does not divide the width 12"):
+        make("block", {"heads": 5}).init_sites(SUBLAYERS, WIDTH)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ def test_query_and_key_norms_are_norms_and_a_stranger_is_refused():
     assert parameter_group("sublayers.gqa.query_norm.scale") == "norms"
     assert parameter_group("sublayers.gqa.query.kernel") == "attention"
     assert parameter_group("sites.streams.kernel") == "depth_other"
+    assert {parameter_group(f"sites.{name}") for name in ("query_projection", "source_logit")} == {"depth_queries"}
     with pytest.raises(ValueError, match=r"router\.kernel"):
         parameter_group("router.kernel")
 
