@@ -23,7 +23,8 @@ def launch(main: Callable[[list[str], list[str]], int | None]) -> None:
     argv, changes = overrides(sys.argv)
     try:
         if "--help" in argv or "-h" in argv:
-            sys.exit(print(_help()))
+            print(_help())
+            sys.exit()
         sys.exit(main(flags.FLAGS(argv)[1:], changes))
     except KeyboardInterrupt:
         sys.exit(130)

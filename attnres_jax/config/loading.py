@@ -155,10 +155,9 @@ def _unknown(what: str, key: str, known: Sequence[str]) -> str:
         key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], 1, 0.4
     )
     full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
+    message = f"{what or 'config '}key {key!r} is unknown; "
+    if full is None:
+        return message + f"known: {', '.join(known)}"
     group = key.rpartition(".")[0]
-    siblings = [name.rpartition(".")[2] for name in known if group and name.rpartition(".")[0] == group]
-    return f"{what or 'config '}key {key!r} is unknown; " + (
-        f"did you mean {full!r}?" + (f" known in {group}: {', '.join(siblings)}" if siblings else "")
-        if full
-        else f"known: {', '.join(known)}"
-    )
+    siblings = [name.removeprefix(f"{group}.") for name in known if group and name.rpartition(".")[0] == group]
+    return message + f"did you mean {full!r}?" + (f" known in {group}: {', '.join(siblings)}" if siblings else "")

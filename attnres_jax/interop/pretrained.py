@@ -123,15 +123,14 @@ def save_pretrained(
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         raise InteropError("parameters are spread over several processes; gather them before saving")
     there = {} if like is None else TensorStore(like).entries
-    bindings = {b.theirs: b for b in fit(bind(TABLES[family.model_type], leaves, model.plan()), there)}
-    dtypes = {}
+    table = TABLES[family.model_type]
+    rows = fit(bind(table, leaves, model.plan()), there)
+    if head := tied_head(table, rows, there):  # stored there beside the embedding: the same bytes again
+        rows += [row._replace(theirs=head) for row in rows if row.theirs == embedding_name(rows)]
+    bindings, dtypes = {row.theirs: row for row in rows}, {}
     for name, binding in bindings.items():
         own = binding.dtype or dtype or str(np.dtype(leaves[binding.ours].dtype))
         dtypes[name] = there[name].dtype if name in there else STORED[DTYPES[own]]
-    head = tied_head(TABLES[family.model_type], list(bindings.values()), there)
-    if head:  # stored there beside the embedding: the same bytes again
-        embedding = embedding_name(list(bindings.values()))
-        bindings[head], dtypes[head] = bindings[embedding]._replace(theirs=head), there[head].dtype
     sizes = {name: math.prod(b.shape) * _numpy(dtypes[name]).itemsize for name, b in bindings.items()}
     part = _parts(leaves)
 

@@ -6,10 +6,7 @@ read in the same way, to show that the reader would see it.
 
 import dataclasses
 import functools
-import importlib.util
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 
@@ -18,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tpu_compiler import needs_libtpu, run_python
 
 from attnres_jax.config import Config, DepthConfig, ModelConfig
 from attnres_jax.depth import Options, Segment, depth_attention, depth_scan, inter_block, make_rule, normalise
@@ -159,9 +157,9 @@ def test_a_bfloat16_bank_is_never_float32(remat):
 TPU = f"""
 import sys
 sys.path[:0] = {sys.path!r}
-from jax.experimental import topologies
+from attnres_jax.parallel.chips import slice_devices
 from test_hlo import Decoder, activations, lowered_step
-device = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices[0]
+(device, *_), _ = slice_devices("v5p:2x2x1")
 for rule in ("block", "rms_block", "full"):
     found = set(activations(lowered_step(Decoder, "bfloat16", "full", rule, device).compile().as_text()))
     print(*[max(count for dtype, count in found if dtype == own) for own in ("bf16", "f32")])
@@ -169,12 +167,11 @@ for rule in ("block", "rms_block", "full"):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'attnres_jax[tpu]'")
+@needs_libtpu
 def test_a_bfloat16_bank_is_never_float32_on_a_tpu():
     """As the TPU's compiler leaves it: no float32 array is of more than one source."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, "-c", TPU], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_python("-c", TPU)
+    assert run.returncode == 0
     found = np.array(run.stdout.split(), int).reshape(3, 2)
     assert (found[:, 0] >= SLOTS).all() and (found[:, 1] == 1).all()
 

@@ -1,22 +1,18 @@
 """The routed exchange compiled ahead of time for four TPU chips: the collective that no CPU runs, both directions."""
 
-import importlib.util
-import os
-import subprocess
-import sys
-
 import pytest
+from tpu_compiler import needs_libtpu, run_python
 
 PROGRAM = """
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 from attnres_jax.config import Config, MeshConfig, ModelConfig, MoEConfig
 from attnres_jax.layers.expert_exchange import experts_across_devices
 from attnres_jax.parallel import make_mesh, use_mesh
+from attnres_jax.parallel.chips import slice_devices
 
 B, T, K, D, E, F = 8, 512, 2, 256, 16, 128
-devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+devices, _ = slice_devices("v5p:2x2x1")
 model = ModelConfig(mlp_layers="moe", moe=MoEConfig(num_experts=E))
 
 def loss(x, weights, gate, up, down, indices, valid):
@@ -41,10 +37,9 @@ with use_mesh(make_mesh(Config(model=model, mesh=MeshConfig(expert=4)), devices)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install 'attnres_jax[tpu]'")
+@needs_libtpu
 def test_the_collective_compiles_forward_and_backward():
     """`auto` takes it there: for two experts a token on four chips fewer bytes travel."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "XLA_FLAGS": ""}
-    run = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
+    run = run_python("-c", PROGRAM)
+    assert run.returncode == 0
     assert run.stdout.split() == ["2", "4"]  # there and back; and each once more for the gradients

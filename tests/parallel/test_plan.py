@@ -1,9 +1,7 @@
 """A plan for a TPU slice: its arithmetic on cases known by hand, its errors, and real compilations where libtpu is."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import re
 import subprocess
 import sys
@@ -12,6 +10,7 @@ import jax
 import pytest
 from flax import nnx
 from small_runs import ROOT
+from tpu_compiler import needs_libtpu, run_python
 
 from attnres_jax.config import Config, DataConfig, MeshConfig, ModelConfig, load_config
 from attnres_jax.errors import ConfigError
@@ -204,24 +203,12 @@ def test_the_step_is_that_of_training():
     assert {"loss", "grad_norm", "finite"} <= set(lowered.out_info[1])
 
 
-tpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="pip install '.[tpu]'")
-
-
-def run_python(*arguments):
-    """As a user would: without the tests' XLA flags, which libtpu does not know, and within ten minutes."""
-    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    command = [sys.executable, *arguments]
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    print(run.stdout, run.stderr)
-    return run
-
-
 def run_plan(*arguments):
     """The command."""
     return run_python("-m", "attnres_jax.parallel.plan", *arguments)
 
 
-@tpu
+@needs_libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "config, topology",
@@ -243,7 +230,7 @@ K3 = """model.width=512 model.num_heads=4 model.kda.num_heads=4 model.mlp_width=
     mesh.fsdp=2 mesh.expert=4"""
 
 
-@tpu
+@needs_libtpu
 @pytest.mark.slow
 def test_kimi_k3_narrow():
     """All 93 layers of K3 in its three segments, narrow."""
@@ -253,7 +240,7 @@ def test_kimi_k3_narrow():
     assert run.returncode == 0 and "expert: all-gather" in run.stdout
 
 
-@tpu
+@needs_libtpu
 @pytest.mark.slow
 def test_what_cannot_be_is_one_line():
     for arguments, message in (
@@ -264,7 +251,7 @@ def test_what_cannot_be_is_one_line():
         assert run.returncode == 2 and run.stderr.count("\n") == 1 and message in run.stderr
 
 
-@tpu
+@needs_libtpu
 @pytest.mark.slow
 def test_experts_are_multiplied_as_on_a_tpu():
     """Not as on the machine that compiles: see `layers/experts.py`."""
@@ -291,7 +278,7 @@ print(json.dumps([analysis, [program.argument_bytes, program.total_bytes, progra
 """
 
 
-@tpu
+@needs_libtpu
 @pytest.mark.slow
 def test_memory_is_what_the_compiled_program_reports():
     """A small step, with its machine code: the compiler's own analysis gives the same bytes, but for tiny constants."""

@@ -204,8 +204,6 @@ except DeadProcessError as error:
 """
 GLOO = "raise RuntimeError('Gloo all-reduce failed: Read error')"
 BARRIER = "raise RuntimeError('Barrier failed. RPC: /xla.coordination.CoordinationService/Barrier')"
-
-
 CLOSING = f"""
 try:
     {GLOO}
