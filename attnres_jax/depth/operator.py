@@ -144,9 +144,12 @@ def depth_logits(
 
 
 def _depth_logits_forward(sources, queries, key_scales, eps):
-    values, rms = wide(sources), reciprocal_rms(sources, eps)
-    folded = _folded(queries, key_scales, values.dtype)
+    # Without batch axes of one: XLA on CPU would copy a slot of a bank twice, for the product and for the mean square.
+    *batch, width = sources.shape
+    values = wide(sources).reshape(*(n for n in batch if n != 1), width)
+    folded, rms = _folded(queries, key_scales, values.dtype), reciprocal_rms(values, eps)
     logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
+    logits, rms = logits.reshape(len(queries), *batch), rms.reshape(batch)
     return logits, (sources, queries, key_scales, rms, logits)
 
 

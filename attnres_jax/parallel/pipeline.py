@@ -168,12 +168,14 @@ class _Engine:
         bank = write_slots(bank, row["embed.bank"] * self.slots, (0, begins.astype(jnp.int32)), embedded[None])
 
         # Forward, of what has come from the stage before.
-        chunk, micro, first = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
+        ahead = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
+        chunk, _, first = ahead
         bank = write_slots(bank, first, self.span(chunk), slots)
         streams = jax.tree.map(lambda store, x: replace_slot(store, row["forward.stream"], x), streams, stream)
 
-        def forward(structure: Chunk, _: Array, carry: Any) -> Any:
+        def forward(structure: Chunk, i: Array, carry: Any) -> Any:
             bank, _, stream, _, router = carry
+            chunk, micro, first = (place + i for place in ahead)
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
             stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
             bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
@@ -204,9 +206,8 @@ class _Engine:
 
         def turn_back(i: Int[Array, ""], carry: Any) -> Any:
             bars, turned, sites_bar, norm_bar = carry
-            # i is 0: what does not depend on it XLA takes out of the loop
             back = self.readout(sites, final_norm, bank, first + i, stream)[1]
-            site_bar, own_bar, newest_bar, values_bar, stream_bar = back(h_bar)
+            site_bar, own_bar, newest_bar, values_bar, stream_bar = back(h_bar + i.astype(h_bar.dtype))
             if self.has_bank:
                 bars = write_slots(bars, first, (0, self.slots - 1), values_bar)
                 bars = replace_slot(bars, first + self.slots - 1, newest_bar)
@@ -219,10 +220,11 @@ class _Engine:
         bars, turned, sites_bar, final_norm_bar = carry
 
         # Backward, of what has come from the stage behind.
-        chunk, micro, first = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
+        behind = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
 
-        def backward(structure: Chunk, _: Array, carry: Any) -> Any:
+        def backward(structure: Chunk, i: Array, carry: Any) -> Any:
             bars, slots_bar, stream_bar, stacks_bar, sites_bar = carry
+            chunk, micro, first = (place + i for place in behind)
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True)
             stream = jax.tree.map(lambda store: slot_at(store, row["backward.stream"]), streams)
             (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
@@ -264,8 +266,8 @@ class _Engine:
             bits = jax.lax.bitcast_convert_type(leaf[(0,) * leaf.ndim].astype(jnp.float32), jnp.int32)
             return which + (bits & jnp.int32(batch["inputs"][0, 0, 0] < 0))
 
-        ahead, back = self.ticks.sends[False], self.ticks.sends[True]
-        inbox = send(ahead, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
+        on, back = self.ticks.sends[False], self.ticks.sends[True]
+        inbox = send(on, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
         which = after(row["backward.send"], inbox)
         inbox_bar = send(back, which, slots_bar, stream_bar, axis=AXIS, backward=True)
         stores = {"bank": bank, "bars": bars, "turned": turned, "streams": streams}
@@ -351,7 +353,8 @@ class _Engine:
     def work(self, which: Int[Array, ""], body: Callable[[Chunk, Array, Any], Any], carry: Any) -> Any:
         """What becomes of `carry` under the structure of that index; a stage with nothing to do leaves it as it is.
 
-        Loops of a turn or none, not a condition: XLA updates what a loop carries in place.
+        Loops of a turn or none, not a condition: XLA updates what a loop carries in place. What a body reads depends on
+        the loop's counter, which is 0: XLA moves out of the loop what does not, and runs it in every tick.
         """
         for index, structure in enumerate(self.structures):
             carry = run_if(which == index, partial(body, structure), carry)
