@@ -13,7 +13,8 @@ def retain_host_memory() -> bool:
     """Tells glibc to keep what is freed for the next allocation; whether it did. To be called before JAX runs anything.
 
     A training step on the CPU backend allocates its temporaries anew, and by default glibc takes them from the kernel
-    and gives them back every time: gigabytes of page faults a step. The process then holds its peak until it ends.
+    and gives them back every time: gigabytes of page faults a step. The process then holds its peak until it ends,
+    and more with several simulated devices, whose arrays may take some steps to find places that fit.
     Nothing is changed where JAX may find an accelerator, nor with another C library.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
