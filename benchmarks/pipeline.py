@@ -56,8 +56,10 @@ from attnres_jax.training import retain_host_memory
 PARTS = flags.DEFINE_list("parts", ["transport", "memory", "bubble", "overhead"], "Which parts.")
 WIDTH = flags.DEFINE_integer("width", 512, "Model width of `overhead` and `bubble`.")
 TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens of a microbatch of `overhead`.")
+MICROBATCHES = flags.DEFINE_integer("microbatches", 16, "Microbatches of `overhead`.", lower_bound=4)
 PAIRS = flags.DEFINE_integer("pairs", 3, "Rounds of `overhead`, each arm once.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
+flags.register_validator("microbatches", lambda count: count % 4 == 0, "must be a multiple of the four stages")
 
 SHAPES = ((2, 1), (2, 2), (4, 1), (4, 2), (8, 2))
 PREPARED = 8 << 30  # bytes of memory that `overhead` touches before it measures
@@ -145,11 +147,12 @@ def bubble() -> list[tuple]:
 
 
 def overhead() -> list[tuple]:
-    """Step time and bytes sent of `block` over `residual`, P=4, V=2, M=16."""
-    print(f"\nP=4, V=2, M=16, 16 layers of width {WIDTH.value}, {TOKENS.value} tokens a microbatch")
+    """Step time and bytes sent of `block` over `residual`, P=4, V=2."""
+    count = MICROBATCHES.value
+    print(f"\nP=4, V=2, M={count}, 16 layers of width {WIDTH.value}, {TOKENS.value} tokens a microbatch")
     arms = {}
     for rule in ("residual", "block"):
-        config = small(4, 2, 16, rule=rule, width=WIDTH.value, tokens=TOKENS.value, layers=16)
+        config = small(4, 2, count, rule=rule, width=WIDTH.value, tokens=TOKENS.value, layers=16)
         arms[rule] = (config, *compile_on(config))
     # As after a number of steps. Until then glibc finds no place among what was freed for some large arrays, and takes
     # new pages from the kernel, under `block` above all.
@@ -174,7 +177,7 @@ def overhead() -> list[tuple]:
     for rule, (config, program, _) in arms.items():
         source = config.data.sequence_length * config.model.width * 4
         text = program.as_text()
-        sent = sum(sum(hops(text, config, way).values()) for way in ("on", "back")) / 16 / source
+        sent = sum(sum(hops(text, config, way).values()) for way in ("on", "back")) / count / source
         print(f"{rule:10} sends {sent:g} hidden states a microbatch, forward and backward, over all hops")
         figures.append((f"overhead/sent/{rule}", sent, "hidden states"))
     return figures

@@ -168,14 +168,13 @@ class _Engine:
         bank = write_slots(bank, row["embed.bank"] * self.slots, (0, begins.astype(jnp.int32)), embedded[None])
 
         # Forward, of what has come from the stage before.
-        ahead = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
-        chunk, _, first = ahead
+        at = row["forward.chunk"], row["forward.micro"], row["forward.bank"] * self.slots
+        chunk, _, first = at
         bank = write_slots(bank, first, self.span(chunk), slots)
         streams = jax.tree.map(lambda store, x: replace_slot(store, row["forward.stream"], x), streams, stream)
 
-        def forward(structure: Chunk, i: Array, carry: Any) -> Any:
-            bank, _, stream, _, router = carry
-            chunk, micro, first = (place + i for place in ahead)
+        def forward(structure: Chunk, at: tuple[Array, ...], carry: Any) -> Any:
+            (chunk, micro, first), (bank, _, stream, _, router) = at, carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
             stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
             bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
@@ -185,7 +184,7 @@ class _Engine:
             return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk)
 
         nothing = jnp.zeros(self.h.shape, self.h.dtype)
-        carry = self.work(row["forward.work"], forward, (bank, slots, stream, nothing, sums["router"]))
+        carry = self.work(row["forward.work"], forward, at, (bank, slots, stream, nothing, sums["router"]))
         bank, slots, stream, h, sums["router"] = self.idle(row["forward.work"], carry, (1, 2, 3))
 
         # A microbatch turns round: its loss, on every stage.
@@ -204,10 +203,10 @@ class _Engine:
         sums |= {key: sums[key] + term for key, term in zip(("nll", "log_z_squared", "bytes"), terms, strict=True)}
         table_bar = jax.tree.map(jnp.add, table_bar, bar)
 
-        def turn_back(i: Int[Array, ""], carry: Any) -> Any:
-            bars, turned, sites_bar, norm_bar = carry
-            back = self.readout(sites, final_norm, bank, first + i, stream)[1]
-            site_bar, own_bar, newest_bar, values_bar, stream_bar = back(h_bar + i.astype(h_bar.dtype))
+        def turn_back(reads: tuple[Array, Array], carry: Any) -> Any:
+            (first, h_bar), (bars, turned, sites_bar, norm_bar) = reads, carry
+            back = self.readout(sites, final_norm, bank, first, stream)[1]
+            site_bar, own_bar, newest_bar, values_bar, stream_bar = back(h_bar)
             if self.has_bank:
                 bars = write_slots(bars, first, (0, self.slots - 1), values_bar)
                 bars = replace_slot(bars, first + self.slots - 1, newest_bar)
@@ -216,15 +215,14 @@ class _Engine:
             return bars, turned, *jax.tree.map(jnp.add, (sites_bar, norm_bar), (site_bar, own_bar))
 
         ours = (row["head.micro"] != IDLE) & (chunk == last)
-        carry = run_if(ours, turn_back, (bars, turned, sites_bar, final_norm_bar))
+        carry = run_if(ours, turn_back, (first, h_bar), (bars, turned, sites_bar, final_norm_bar))
         bars, turned, sites_bar, final_norm_bar = carry
 
         # Backward, of what has come from the stage behind.
-        behind = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
+        at = row["backward.chunk"], row["backward.micro"], row["backward.bank"] * self.slots
 
-        def backward(structure: Chunk, i: Array, carry: Any) -> Any:
-            bars, slots_bar, stream_bar, stacks_bar, sites_bar = carry
-            chunk, micro, first = (place + i for place in behind)
+        def backward(structure: Chunk, at: tuple[Array, ...], carry: Any) -> Any:
+            (chunk, micro, first), (bars, slots_bar, stream_bar, stacks_bar, sites_bar) = at, carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True)
             stream = jax.tree.map(lambda store: slot_at(store, row["backward.stream"]), streams)
             (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
@@ -245,7 +243,7 @@ class _Engine:
             return bars, slots_bar, stream_bar, stacks_bar, jax.tree.map(jnp.add, sites_bar, site_bar)
 
         carry = bars, slots_bar, stream_bar, stacks_bar, sites_bar
-        carry = self.work(row["backward.work"], backward, carry)
+        carry = self.work(row["backward.work"], backward, at, carry)
         bars, slots_bar, stream_bar, stacks_bar, sites_bar = self.idle(row["backward.work"], carry, (1, 2))
 
         # A microbatch ends: its embedding's gradient, on every stage.
@@ -266,8 +264,8 @@ class _Engine:
             bits = jax.lax.bitcast_convert_type(leaf[(0,) * leaf.ndim].astype(jnp.float32), jnp.int32)
             return which + (bits & jnp.int32(batch["inputs"][0, 0, 0] < 0))
 
-        on, back = self.ticks.sends[False], self.ticks.sends[True]
-        inbox = send(on, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
+        ahead, back = self.ticks.sends[False], self.ticks.sends[True]
+        inbox = send(ahead, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
         which = after(row["backward.send"], inbox)
         inbox_bar = send(back, which, slots_bar, stream_bar, axis=AXIS, backward=True)
         stores = {"bank": bank, "bars": bars, "turned": turned, "streams": streams}
@@ -350,14 +348,13 @@ class _Engine:
             return values
         return jax.lax.dynamic_update_slice_in_dim(store, values[start:], first + start, 0)
 
-    def work(self, which: Int[Array, ""], body: Callable[[Chunk, Array, Any], Any], carry: Any) -> Any:
+    def work(self, which: Int[Array, ""], body: Callable[[Chunk, Any, Any], Any], reads: PyTree, carry: Any) -> Any:
         """What becomes of `carry` under the structure of that index; a stage with nothing to do leaves it as it is.
 
-        Loops of a turn or none, not a condition: XLA updates what a loop carries in place. What a body reads depends on
-        the loop's counter, which is 0: XLA moves out of the loop what does not, and runs it in every tick.
+        Loops of a turn or none, not a condition: XLA updates what a loop carries in place.
         """
         for index, structure in enumerate(self.structures):
-            carry = run_if(which == index, partial(body, structure), carry)
+            carry = run_if(which == index, partial(body, structure), reads, carry)
         return carry
 
     def idle(self, which: Int[Array, ""], carry: tuple, results: Sequence[int]) -> tuple:

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, PyTree
 
 from attnres_jax.parallel.schedules import IDLE
 
@@ -26,9 +26,17 @@ def replace_slot(store: Array, place: Int[Array, ""], value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, slot_at(store, place)), place, 0)
 
 
-def run_if(condition: Bool[Array, ""], body: Callable[[Int[Array, ""], Any], Any], carry: Any) -> Any:
-    """`body(0, carry)`, or `carry`."""
-    return jax.lax.fori_loop(0, condition.astype(jnp.int32), body, carry)
+def run_if(condition: Bool[Array, ""], body: Callable[[Any, Any], Any], reads: PyTree, carry: Any) -> Any:
+    """`body(reads, carry)`, or `carry`.
+
+    XLA takes out of a loop what does not depend on its counter, and computes it whatever the condition is. So the
+    counter, which is 0, is added to `reads`: to be given to the body is what its work hangs on.
+    """
+
+    def turn(i: Int[Array, ""], carry: Any) -> Any:
+        return body(jax.tree.map(lambda x: x + i.astype(x.dtype), reads), carry)
+
+    return jax.lax.fori_loop(0, condition.astype(jnp.int32), turn, carry)
 
 
 def write_slots(store: Array, first: Int[Array, ""], slots: tuple[Any, Any], new: Array) -> Array:
