@@ -17,7 +17,7 @@ class Bare:
         return self
 
     def enter(
-        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place
+        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place, known: None = None
     ) -> tuple[PyTree, Array, int | Int[Array, ""]]:
         """Parameters, sources and sites as they are."""
         return sites, values, place.site
@@ -26,8 +26,11 @@ class Bare:
         """As they are, too."""
         return own_bar, bank_bar
 
+    def known(self, bank: Array, place: Place) -> None:
+        """Nothing."""
+
     def slot(
-        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]
+        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: Array | None = None
     ) -> Float[Array, "*batch D"]:
         """The source itself."""
         return source

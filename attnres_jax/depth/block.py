@@ -7,9 +7,9 @@ from typing import ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
-from attnres_jax.depth.operator import State, depth_logits, merge_sources, mix, mix_transpose, wide
+from attnres_jax.depth.operator import State, known_logits, logits_and_rms, merge_sources, mix, mix_transpose, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
 from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank, slot_at
@@ -20,11 +20,13 @@ from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_
 class Bank(NamedTuple):
     """Completed sources, and the logits that every site gives them: computed once, when a source is complete.
 
+    With the reciprocal RMS that is in them, their backward pass needs no forward pass; None in other forms of logits.
     The whole bank has a leading axis of slots; a single slot, without it, is a Bank too.
     """
 
     values: Float[Array, "*slots_batch D"]
     logits: Float[Array, "*slots_sites_batch"]
+    rms: Float[Array, "*slots_batch"] | None
 
 
 class Block:
@@ -85,7 +87,7 @@ class Block:
         sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
         where = [jnp.asarray(i, jnp.int32) for i in (place.slot(0), place.site, *[0] * (logits_bar.ndim - 2))]
         logits_bar = jax.lax.dynamic_update_slice(bank_bar.logits, _logits(bank_bar, place) + logits_bar, where)
-        return sites_bar, Bank(values_bar, logits_bar)
+        return sites_bar, bank_bar._replace(values=values_bar, logits=logits_bar)
 
     def block(
         self, sites: Sites, stream: Array | None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]
@@ -106,20 +108,33 @@ class Block:
         rule.opened, rule.closed = segment.opened, segment.closed
         return rule
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place, known: PyTree = None):
         """The parameters of those sites behind a first row of zeros, and all the logits: (parameters, bank, 1).
 
         Row 0 is that of a site whose query changes nothing; site 0 itself has one, and its query is a zero here.
         """
         own, values = self.rows(sites, place), self.split(values)
 
-        def fill(source: Int[Array, ""], logits: Array) -> Array:
-            new = self.logits(own, slot_at(values, place.slot(source)), source)
-            return jax.lax.dynamic_update_index_in_dim(logits, new, place.slot(source), 0)
+        def fill(source: Int[Array, ""], scores: PyTree) -> PyTree:
+            new = self.scores(own, slot_at(values, place.slot(source)), source)
+            put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, place.slot(source), 0)  # noqa: E731
+            return jax.tree.map(put, scores, new)
 
-        one = jax.eval_shape(lambda: self.logits(own, values[0], 0))
-        logits = jnp.zeros((len(values), *one.shape), one.dtype)
-        return own, Bank(values, jax.lax.fori_loop(0, place.num_valid, fill, logits)), 1
+        one = jax.eval_shape(lambda: self.scores(own, values[0], 0))
+        scores = jax.tree.map(lambda x: jnp.zeros((len(values), *x.shape), x.dtype), one)
+        if known is None:
+            scores = jax.lax.fori_loop(0, place.num_valid, fill, scores)
+        else:
+            put = lambda x, known: jax.lax.dynamic_update_slice_in_dim(x, known, place.slot(0), 0)  # noqa: E731
+            scores = jax.tree.map(put, scores, known)
+        return own, Bank(values, *scores), 1
+
+    def known(self, bank: Bank, place: Place) -> PyTree:
+        """The logits, if their backward pass can start from them."""
+        if bank.rms is None:
+            return None
+        count = len(bank.values) if place.window is None else place.window.size
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place.slot(0), count), tuple(bank[1:]))
 
     def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
         """The backward pass of the logits, added into the sources' cotangent."""
@@ -128,8 +143,9 @@ class Block:
         def add(source: Int[Array, ""], carry: tuple[Array, Sites, Array]) -> tuple[Array, Sites, Array]:
             values_bar, own_bar, _ = carry
             slot = place.slot(source)
-            _, pullback = jax.vjp(lambda own, value: self.logits(own, value, source), own, slot_at(bank.values, slot))
-            row_bar, new = pullback(slot_at(bank_bar.logits, slot))
+            known = slot_at(bank, slot)
+            score = lambda own, value: self.scores(own, value, source, known)[0]  # noqa: E731
+            row_bar, new = jax.vjp(score, own, known.values)[1](slot_at(bank_bar.logits, slot))
             new = slot_at(values_bar, slot) + new
             values_bar = jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0)
             return values_bar, jax.tree.map(jnp.add, own_bar, row_bar), new  # carried along as in `mix_transpose`
@@ -223,27 +239,49 @@ class Block:
             reads = [min(read, 1 + self.options.window) for read in reads]
         return (2 if self.options.query == "none" else 4) * width * sum(reads)
 
-    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
+    def slot(
+        self,
+        sites: Sites,
+        source: Float[Array, "*batch D"],
+        index: int | Int[Array, ""],
+        known: Bank | None = None,
+    ) -> Bank:
         """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
         source = kept_in_bank(self.split(source))
-        return Bank(source, self.logits(sites, source, index))
+        return Bank(source, *self.scores(sites, source, index, known))
 
     def logits(
-        self, sites: Sites, source: Array, index: int | Int[Array, ""], site: int | Int[Array, ""] | None = None
-    ) -> Float[Array, "S *batch"]:
-        """The logits of source `index` at all sites, [L+1, *batch], or at one, [1, *batch]."""
+        self, sites: Sites, source: Array, index: int | Int[Array, ""], site: int | Int[Array, ""]
+    ) -> Float[Array, "1 *batch"]:
+        """The logits of source `index` at one site."""
+        return self.scores(sites, source, index, site=site)[0]
+
+    def scores(
+        self,
+        sites: Sites,
+        source: Array,
+        index: int | Int[Array, ""],
+        known: Bank | None = None,
+        site: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"] | None]:
+        """The logits of source `index` at all sites, [L+1, *batch], or at one, and their `rms`: see `Bank`.
+
+        If they are known, from the source's slot, they are not computed again.
+        """
         take = (lambda x: x[...]) if site is None else lambda x: jax.lax.dynamic_slice_in_dim(x[...], site, 1)
         if self.options.query == "none":
             column = jax.lax.dynamic_index_in_dim(take(sites.source_logit), index, 1, keepdims=False)
             column = column.astype(wide(source).dtype).reshape(-1, *[1] * (source.ndim - 1))
-            return jnp.broadcast_to(column, (len(column), *source.shape[:-1]))
+            return jnp.broadcast_to(column, (len(column), *source.shape[:-1])), None
         # Site 0 has one source, so its query changes nothing: as a constant it also gets exactly zero gradient, and no
         # rounding residue.
         queries = sites.query[...].at[0].set(0.0) if site is None else take(sites.query)
         if self.grouped:
             scales = take(sites.key_scale) if self.options.key_norm else None
-            return group_logits(source, queries, scales, self.eps)
-        return depth_logits(source, queries, take(sites.key_scale), self.eps)
+            return group_logits(source, queries, scales, self.eps), None
+        if known is not None:
+            return known_logits(source, queries, take(sites.key_scale), known.rms, known.logits), known.rms
+        return logits_and_rms(source, queries, take(sites.key_scale), self.eps)
 
     def run(self, sublayer: Sublayer, mixed: Array, place: Place, i: int) -> Array:
         """Calls a sublayer on what the block's site `i` reads."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from attnres_jax.depth.block import Bank
 from attnres_jax.depth.full import Full
@@ -46,9 +46,9 @@ class Delta(Full):
             stream = stream + y
         return stream, tuple(slots), y
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place, known: PyTree = None):
         """As without a stream; slot 0, where the embedding comes, is the null source."""
-        return super().enter(sites, values.at[0].set(0), place)
+        return super().enter(sites, values.at[0].set(0), place, known)
 
     def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
         """Nothing goes to the embedding."""

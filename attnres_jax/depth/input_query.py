@@ -27,7 +27,9 @@ class InputQuery(WholeBank, Block):
         self.source_size = source_size
         self.grouped = True
 
-    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Array:
+    def slot(
+        self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: Array | None = None
+    ) -> Array:
         """Its channels cut into groups."""
         return self.split(source)
 
@@ -77,7 +79,7 @@ class InputQuery(WholeBank, Block):
         place = Place(jnp.int32(sites.query[...].shape[0] - 1), jnp.int32(len(bank)), 1)
         return self.join(self.summed(self.mixed(sites, bank, place, 0, [self.split(newest)]), len(bank) + 1))
 
-    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place):
+    def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place, known: None = None):
         """Parameters and sites as they are, the sources' channels cut into groups."""
         return sites, self.split(values), place.site
 

@@ -135,25 +135,32 @@ def _normalise_backward(saved, mixed_bar):
 normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def depth_logits(
     sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], key_scales: Float[Array, "S D"], eps: float
 ) -> Float[Array, "S *batch"]:
     """The logits queries . (key_scales * RMSNorm(sources)) of every source at S sites, float32 (eq. 2)."""
-    return _depth_logits_forward(sources, queries, key_scales, eps)[0]
+    return logits_and_rms(sources, queries, key_scales, eps)[0]
 
 
-def _depth_logits_forward(sources, queries, key_scales, eps):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def logits_and_rms(
+    sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], key_scales: Float[Array, "S D"], eps: float
+) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"]]:
+    """`depth_logits`, and the `reciprocal_rms` in them: with both, `known_logits` need no forward pass."""
+    return _logits_forward(sources, queries, key_scales, eps)[0]
+
+
+def _logits_forward(sources, queries, key_scales, eps):
     # Without batch axes of one: XLA on CPU would copy a slot of a bank twice, for the product and for the mean square.
     *batch, width = sources.shape
     values = wide(sources).reshape(*(n for n in batch if n != 1), width)
     folded, rms = _folded(queries, key_scales, values.dtype), reciprocal_rms(values, eps)
     logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
     logits, rms = logits.reshape(len(queries), *batch), rms.reshape(batch)
-    return logits, (sources, queries, key_scales, rms, logits)
+    return (logits, rms), (sources, queries, key_scales, rms, logits)
 
 
-def _depth_logits_backward(eps, saved, logits_bar):
+def _logits_backward(saved, logits_bar):
     sources, queries, key_scales, rms, logits = saved
     values = wide(sources)
     folded = _folded(queries, key_scales, values.dtype)
@@ -169,7 +176,24 @@ def _depth_logits_backward(eps, saved, logits_bar):
     )
 
 
-depth_logits.defvjp(_depth_logits_forward, _depth_logits_backward)
+logits_and_rms.defvjp(_logits_forward, lambda eps, saved, bars: _logits_backward(saved, bars[0]))
+
+
+@jax.custom_vjp
+def known_logits(
+    sources: Float[Array, "*batch D"],
+    queries: Float[Array, "S D"],
+    key_scales: Float[Array, "S D"],
+    rms: Float[Array, "*batch"],
+    logits: Float[Array, "S *batch"],
+) -> Float[Array, "S *batch"]:
+    """`logits` as they are, which `logits_and_rms` has given before, for their backward pass alone."""
+    return logits
+
+
+known_logits.defvjp(
+    lambda *inputs: (inputs[-1], inputs), lambda saved, logits_bar: (*_logits_backward(saved, logits_bar), None, None)
+)
 
 
 def _folded(queries, key_scales, dtype):

@@ -82,11 +82,13 @@ class Part(NamedTuple):
       starts: for each kind, where in its stack the part's sublayers begin.
       complete: whether the bank holds already what the part appends, from a pass before. Nothing is appended then, and
         where blocks recompute everything, nothing but the backward pass is left to do.
+      known: what that pass returned as such, so that it is not computed again.
     """
 
     place: Place
     starts: Mapping[str, Int[Array, ""]]
     complete: bool
+    known: PyTree = None
 
 
 @runtime_checkable
@@ -112,8 +114,10 @@ class Rule(Protocol):
         A slot is one pytree. They are in order, and the newest source comes after them.
         """
 
-    def slot(self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> PyTree:
-        """Source `index` as a slot of the bank."""
+    def slot(
+        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: PyTree = None
+    ) -> PyTree:
+        """Source `index` as a slot of the bank; `known`: that slot, if only its backward pass is asked for."""
 
     def num_appended(self, num_sites: int) -> int:
         """How many sources a block of `num_sites` sublayers leaves, the newest among them."""
@@ -122,9 +126,15 @@ class Rule(Protocol):
         """The rule for a block that begins or ends outside of `segment`, its partial sum in the stream."""
 
     def enter(
-        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place
+        self, sites: PyTree, values: Float[Array, "N *batch D"], place: Place, known: PyTree = None
     ) -> tuple[PyTree, PyTree, int | Int[Array, ""]]:
-        """From the bare sources: (parameters, bank, first site) as the part of a stack at `place` sees them."""
+        """From the bare sources: (parameters, bank, first site) as the part of a stack at `place` sees them.
+
+        If what is `known` of that bank is given, it is not computed again.
+        """
+
+    def known(self, bank: PyTree, place: Place) -> PyTree:
+        """What of a bank beside its sources is worth keeping until a backward pass; arrays [..., *batch]."""
 
     def enter_transpose(
         self, sites: PyTree, bank: PyTree, place: Place, own_bar: PyTree, bank_bar: PyTree
@@ -170,7 +180,8 @@ def depth_scan(
 
     Returns:
       The stream, the newest source, the bank with all others, and for each segment the sublayers' reports, a leading
-      axis for the blocks. Of a part: the stream, the sources, the reports, and the stacks.
+      axis for the blocks. Of a part: the stream, the sources, the reports, the stacks, and, unless it is complete, what
+      is worth knowing again in its backward pass, which has no gradient.
 
     Raises:
       ValueError: if two sublayers share a place in a stack, so that their gradients would overwrite each other, or the
@@ -193,7 +204,7 @@ def depth_scan(
     total = num_appended(rule, segments)
     structures: dict[int, _Structure] = {}  # of each segment's saved values; filled while the forward pass is traced
     window = part and part.place.window
-    numbers = part and (part.place.site, part.place.num_valid, window and window.first, part.starts)
+    numbers = part and (part.place.site, part.place.num_valid, window and window.first, part.starts, part.known)
     numbers = jax.tree.map(jnp.asarray, numbers)
 
     def place_of(numbers, num_sites: int | None = None, site=None, num_valid=None) -> Place:
@@ -216,8 +227,9 @@ def depth_scan(
     def forward(stacks, sites, stream, newest, sources, where, save):
         (context, numbers), site = where, 0
         if numbers is not None:
-            known = numbers[1] + total if part.complete else numbers[1]
-            sites, bank, site = rule.enter(sites, sources, place_of(numbers)._replace(num_valid=known))
+            there = numbers[1] + total if part.complete else numbers[1]
+            place = place_of(numbers)._replace(num_valid=there)
+            sites, bank, site = rule.enter(sites, sources, place, numbers[4])
         elif newest is None:
             bank = None
         else:
@@ -260,15 +272,18 @@ def depth_scan(
 
     @jax.custom_vjp
     def run(stacks, sites, stream, newest, sources, where):
-        return result(stacks, forward(stacks, sites, stream, newest, sources, where, save=False)[0])
+        return result(stacks, where, forward(stacks, sites, stream, newest, sources, where, save=False)[0])
 
-    def result(stacks, out):
+    def result(stacks, where, out):
+        if part is None:
+            return out
         stream, _, bank, reports = out
-        return out if part is None else (stream, rule.sources(bank), reports, stacks)
+        known = None if part.complete else rule.known(bank, place_of(where[1]))
+        return stream, rule.sources(bank), reports, stacks, known
 
     def run_forward(stacks, sites, stream, newest, sources, where):
         out, saved = forward(stacks, sites, stream, newest, sources, where, save=True)
-        return result(stacks, out), (stacks, sites, where, saved)
+        return result(stacks, where, out), (stacks, sites, where, saved)
 
     def run_backward(residuals, cotangents):
         stacks, all_sites, (context, numbers), ((sites, site), bank, saved) = residuals
@@ -277,14 +292,15 @@ def depth_scan(
             stream_bar, newest_bar, bank_bar, reports_bar = cotangents
             stacks_bar, put = jax.tree.map(jnp.zeros_like, stacks), _put
         else:
-            stream_bar, values_bar, reports_bar, stacks_bar = cotangents
+            stream_bar, values_bar, reports_bar, stacks_bar, _ = cotangents
             (bank_bar,), put = jax.vjp(rule.sources, bank)[1](values_bar), _add
             newest_bar = None
 
         def slot_transpose(slot_bar, place, index, sites_bar):
             """From the cotangent of a source's slot: (that of the source, that of the parameters plus `sites_bar`)."""
-            source = rule.sources(slot_at(bank, place.slot(index)))
-            _, pullback = jax.vjp(lambda sites, source: rule.slot(sites, source, index), sites, source)
+            slot = slot_at(bank, place.slot(index))
+            again = lambda sites, source: rule.slot(sites, source, index, slot)  # noqa: E731
+            _, pullback = jax.vjp(again, sites, rule.sources(slot))
             own_bar, source_bar = pullback(slot_bar)
             return source_bar, jax.tree.map(jnp.add, sites_bar, own_bar)
 

@@ -42,7 +42,7 @@ class StreamRule:
             stream = self.step(sites, place.site + i, stream, sublayer)
         return stream, (), None
 
-    def slot(self, sites: PyTree, source: None, index: int | Int[Array, ""]) -> None:
+    def slot(self, sites: PyTree, source: None, index: int | Int[Array, ""], known: None = None) -> None:
         """There is no bank."""
 
     def num_appended(self, num_sites: int) -> int:
@@ -53,7 +53,7 @@ class StreamRule:
         """Blocks are a schedule: any part of one is one."""
         return self
 
-    def enter(self, sites: PyTree, values: None, place: Place):
+    def enter(self, sites: PyTree, values: None, place: Place, known: None = None):
         """Parameters and sites as they are; there is no bank."""
         return sites, None, place.site
 
@@ -63,6 +63,9 @@ class StreamRule:
 
     def sources(self, bank: None) -> None:
         """None."""
+
+    def known(self, bank: None, place: Place) -> None:
+        """Nothing."""
 
     def flops(self, num_sublayers: int, width: int) -> int:
         """Matrix products of depth mixing, forward, in operations a token: none."""

@@ -37,7 +37,17 @@ from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_i
 from attnres_jax.parallel.schedules import IDLE, Schedule, make_schedule
 from attnres_jax.parallel.sharding import parameter_sharding
 from attnres_jax.parallel.stages import Chunk, cut_chunks, origins, rows
-from attnres_jax.parallel.stores import add_slots, clear_slots, replace_slot, run_if, slot_at, take_slots, write_slots
+from attnres_jax.parallel.stores import (
+    add_slots,
+    clear_slots,
+    put_corner,
+    replace_slot,
+    run_if,
+    slot_at,
+    take_corner,
+    take_slots,
+    write_slots,
+)
 from attnres_jax.parallel.ticks import make_ticks
 from attnres_jax.parallel.transport import send
 from attnres_jax.parallel.vocabulary import at_rest, head, look_up, look_up_transpose, over_stages
@@ -128,6 +138,7 @@ class _Engine:
             "bars": self.store(self.ticks.sizes["bank"] * self.slots, like=self.h),
             "turned": self.store(self.ticks.sizes["turned"], like=self.stream) if self.begins else None,
             "streams": self.store(self.ticks.sizes["streams"], like=self.stream),
+            "known": self.known_store(held[2]),
         }
         inbox = self.store(self.width, like=self.h), self.store(like=self.stream)
         router = self.router_sums()
@@ -153,7 +164,7 @@ class _Engine:
     def tick(self, stacks, held, batch, token_bytes, total_weight, carry, row):
         """Embedding, a chunk forward, head, a chunk backward, the embedding's gradient, sends."""
         stores, (slots, stream), (slots_bar, stream_bar), (stacks_bar, held_bar), sums = carry
-        bank, bars, turned, streams = (stores[name] for name in ("bank", "bars", "turned", "streams"))
+        bank, bars, turned, streams, known = (stores[x] for x in ("bank", "bars", "turned", "streams", "known"))
         embedding, table, sites, final_norm = held
         embedding_bar, table_bar, sites_bar, final_norm_bar = held_bar
         stage = jax.lax.axis_index(AXIS)
@@ -174,18 +185,19 @@ class _Engine:
         streams = jax.tree.map(lambda store, x: replace_slot(store, row["forward.stream"], x), streams, stream)
 
         def forward(structure: Chunk, at: tuple[Array, ...], carry: Any) -> Any:
-            (chunk, micro, first), (bank, _, stream, _, router) = at, carry
+            (chunk, micro, first), (bank, _, stream, _, router, known) = at, carry
             run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=False)
-            stream, values, reports, _ = run(stacks, sites, self.values(bank, first), stream)
+            stream, values, reports, _, new = run(stacks, sites, self.values(bank, first), stream)
+            known = jax.tree.map(lambda store, x: put_corner(store, row["forward.stream"], x), known, new)
             bank = self.put_values(bank, first, values, 1)  # the embedding stays as it is
             slots = take_slots(bank, first + self.span(chunk + 1)[0], self.width)
             read = lambda: self.readout(sites, final_norm, bank, first, stream)[0]  # noqa: E731
             h = jax.lax.cond(chunk == last, read, lambda: jnp.zeros(self.h.shape, self.h.dtype))
-            return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk)
+            return bank, slots, stream, h, self.add_reports(router, structure, reports, chunk), known
 
         nothing = jnp.zeros(self.h.shape, self.h.dtype)
-        carry = self.work(row["forward.work"], forward, at, (bank, slots, stream, nothing, sums["router"]))
-        bank, slots, stream, h, sums["router"] = self.idle(row["forward.work"], carry, (1, 2, 3))
+        carry = self.work(row["forward.work"], forward, at, (bank, slots, stream, nothing, sums["router"], known))
+        bank, slots, stream, h, sums["router"], known = self.idle(row["forward.work"], carry, (1, 2, 3))
 
         # A microbatch turns round: its loss, on every stage.
         def turn() -> Any:
@@ -223,9 +235,11 @@ class _Engine:
 
         def backward(structure: Chunk, at: tuple[Array, ...], carry: Any) -> Any:
             (chunk, micro, first), (bars, slots_bar, stream_bar, stacks_bar, sites_bar) = at, carry
-            run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True)
+            take = lambda store, x: take_corner(store, row["backward.stream"], x.shape)  # noqa: E731
+            before = jax.tree.map(take, known, self.known_shapes(structure, sites))
+            run = self.chunk(structure, chunk, first, self.context(batch, micro), complete=True, known=before)
             stream = jax.tree.map(lambda store: slot_at(store, row["backward.stream"]), streams)
-            (*_, reports, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
+            (*_, reports, _, _), pullback = jax.vjp(run, stacks, sites, self.values(bank, first), stream)
             kept = self.kept(chunk)
             fresh = (kept == 0) & ~((chunk == last) & self.has_bank)  # of these the head's has been put there
             bars = clear_slots(bars, first, jnp.where(fresh, self.slots, 0))
@@ -236,7 +250,7 @@ class _Engine:
             share = jnp.sum(of("weights", micro)) / total_weight
             reports_bar = self.reports_bar(reports, share)
             stacks_bar, site_bar, values_bar, stream_bar = pullback(
-                (stream_bar, self.values(bars, first), reports_bar, stacks_bar)
+                (stream_bar, self.values(bars, first), reports_bar, stacks_bar, None)
             )
             bars = self.put_values(bars, first, values_bar)
             slots_bar = take_slots(bars, first + self.span(chunk)[0], self.width)
@@ -268,14 +282,21 @@ class _Engine:
         inbox = send(ahead, after(row["forward.send"], bar), slots, stream, axis=AXIS, backward=False)
         which = after(row["backward.send"], inbox)
         inbox_bar = send(back, which, slots_bar, stream_bar, axis=AXIS, backward=True)
-        stores = {"bank": bank, "bars": bars, "turned": turned, "streams": streams}
+        stores = {"bank": bank, "bars": bars, "turned": turned, "streams": streams, "known": known}
         held_bar = embedding_bar, table_bar, sites_bar, final_norm_bar
         return (stores, inbox, inbox_bar, (stacks_bar, held_bar), sums), None
 
     # A chunk.
 
     def chunk(
-        self, structure: Chunk, chunk: Int[Array, ""], first: Int[Array, ""], context: Any, *, complete: bool
+        self,
+        structure: Chunk,
+        chunk: Int[Array, ""],
+        first: Int[Array, ""],
+        context: Any,
+        *,
+        complete: bool,
+        known: PyTree = None,
     ) -> Callable:
         """A chunk as a function of everything that it is differentiated in; `complete`: for the sake of that alone."""
         table = np.array([(c.first_site, c.num_valid) for c in self.chunks], np.int32)
@@ -286,13 +307,14 @@ class _Engine:
             Place(first_site, num_valid, structure.num_sites, window),
             {kind: turn * count for kind, count in self.counts.items()},
             complete,
+            known,
         )
 
         def run(stacks, sites, values, stream):
             if self.begins:
                 begun, _ = self.rule.begin(sites, values[0])
                 stream = jax.tree.map(lambda begun, x: jnp.where(chunk == 0, begun, x), begun, stream)
-            after, bank, reports, stacks = depth_scan(
+            after, bank, *others = depth_scan(
                 self.rule,
                 structure.segments,
                 call_sublayer,
@@ -306,7 +328,7 @@ class _Engine:
                 sources=values if self.has_bank else None,
             )
             after = jax.tree.map(jnp.zeros_like, stream) if after is None else after
-            return after, bank if self.has_bank else values, reports, stacks
+            return after, bank if self.has_bank else values, *others
 
         return run
 
@@ -446,6 +468,25 @@ class _Engine:
             return jax.lax.all_to_all(x, AXIS, axis, 0, tiled=True)[where]
 
         return jax.tree.map(put, bars, axes)
+
+    def known_shapes(self, structure: Chunk, sites: PyTree) -> PyTree:
+        """The shapes of what a pass over a chunk knows for its backward pass."""
+        if not self.has_bank:
+            return None
+        window = Window(jnp.int32(0), self.slots) if self.rule.windowed else None
+        place = Place(jnp.int32(0), jnp.int32(1), structure.num_sites, window)
+        values = jax.ShapeDtypeStruct((self.slots, *self.h.shape), self.h.dtype)
+        return jax.eval_shape(lambda values: self.rule.known(self.rule.enter(sites, values, place)[1], place), values)
+
+    def known_store(self, sites: PyTree) -> PyTree:
+        """Zeros for that of each chunk that a stage has under way."""
+        count = self.ticks.sizes["streams"]
+
+        def largest(*each: Any) -> Array:
+            shape = np.max([x.shape for x in each], axis=0).tolist()
+            return constrain(jnp.zeros((count, *shape), each[0].dtype), *[None] * (len(shape) - 1), *HIDDEN[:-1])
+
+        return jax.tree.map(largest, *[self.known_shapes(structure, sites) for structure in self.structures])
 
     def store(self, *count: int, like: PyTree) -> PyTree:
         """Zeros for so many of these hidden states."""

@@ -26,6 +26,16 @@ def replace_slot(store: Array, place: Int[Array, ""], value: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(store, jnp.where(used, value, slot_at(store, place)), place, 0)
 
 
+def put_corner(store: Array, place: Int[Array, ""], value: Array) -> Array:
+    """`store` with the value at that place, in the low corner of a slot that may be larger."""
+    return jax.lax.dynamic_update_slice(store, value[None], (place, *[0] * value.ndim))
+
+
+def take_corner(store: Array, place: Int[Array, ""], shape: tuple[int, ...]) -> Array:
+    """So much of the low corner of the slot at that place."""
+    return jax.lax.dynamic_slice(store, (place, *[0] * len(shape)), (1, *shape))[0]
+
+
 def run_if(condition: Bool[Array, ""], body: Callable[[Any, Any], Any], reads: PyTree, carry: Any) -> Any:
     """`body(reads, carry)`, or `carry`.
 

@@ -1,5 +1,7 @@
 """The operator against equations 2 to 4 in NumPy float64, and its forms against each other."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from numerics import worst
 
 from attnres_jax.depth import depth_attention, inter_block, merge, normalise
-from attnres_jax.depth.operator import depth_logits
+from attnres_jax.depth.operator import depth_logits, known_logits, logits_and_rms
 from attnres_jax.depth.reference import plain_depth_attention
 from attnres_jax.depth.weighting import group_logits
 
@@ -125,6 +127,20 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
     expected = values @ np.asarray(queries[0] * key_scales[0], np.float64) / rms
     np.testing.assert_allclose(logits[0], expected, rtol=1e-5, atol=1e-5)
     assert depth_attention(low, queries[0], key_scales[0]).dtype == jnp.bfloat16
+
+
+def test_known_logits_have_the_same_gradients_without_a_forward_pass():
+    sources, queries, key_scales, _ = draw(5, 3)
+    logits, rms = logits_and_rms(sources, queries, key_scales, 1e-6)
+    cotangent = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
+    again = functools.partial(known_logits, rms=rms, logits=logits)
+    for values in ((sources, queries, key_scales), (10 * sources, queries, key_scales)):
+        np.testing.assert_array_equal(again(*values), logits)  # as they are, whatever the sources
+    _, expected = jax.vjp(functools.partial(depth_logits, eps=1e-6), sources, queries, key_scales)
+    pullback = jax.jit(lambda *inputs: jax.vjp(again, *inputs)[1](cotangent))
+    for ours, theirs in zip(pullback(sources, queries, key_scales), expected(cotangent), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+    assert pullback.lower(sources, queries, key_scales).as_text().count("dot_general") == 2
 
 
 @pytest.mark.parametrize("logits, groups", [(depth_logits, ()), (group_logits, (2,))])
