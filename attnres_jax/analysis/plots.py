@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
-from matplotlib.colors import FuncNorm, ListedColormap
+from matplotlib.colors import FuncNorm, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -170,6 +170,34 @@ def depth_heatmap(
     return figure
 
 
+def training_map(run: Run, key: str, unit: str, *, log: bool = False) -> Figure:
+    """One of a run's depth diagnostics: training tokens to the right, sublayers or sites downwards.
+
+    Args:
+      run: with `diagnostics`.
+      key: which of them, [R, L].
+      unit: what the colours stand for.
+      log: whether their scale is logarithmic; what is not above zero is left blank then.
+    """
+    values = run.diagnostics[key].T
+    values = np.ma.masked_less_equal(values, 0) if log else np.ma.masked_invalid(values)
+    scale, label = _unit_for(run.diagnostics["tokens"].max(), "tokens")
+    edges = np.insert(run.diagnostics["tokens"] / scale, 0, 0.0)  # a column is what was trained on since the last one
+    with _axes((4.6, min(8.0, 1.8 + 0.12 * len(values)))) as (figure, axes):
+        axes.grid(False)
+        axes.set_facecolor(BLANK)
+        norm = (LogNorm if log else Normalize)(values.min(), values.max()) if values.count() else None
+        mesh = axes.pcolormesh(edges, np.arange(len(values) + 1) + 0.5, values, cmap="YlGnBu", norm=norm)
+        axes.invert_yaxis()
+        axes.yaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
+        axes.set_xlabel(label)
+        axes.set_ylabel("sublayer" if values.shape[0] == run.diagnostics["output_rms"].shape[1] else "site")
+        bar = figure.colorbar(mesh, ax=axes, aspect=30, pad=0.02)
+        bar.set_label(unit)
+        bar.outline.set_visible(False)
+    return figure
+
+
 def mixing_panels(matrices: Mapping[str, np.ndarray], *, columns: int = 5) -> Figure:
     """Mixing matrices side by side, sites downwards and sources to the right.
 
@@ -281,7 +309,10 @@ def _smooth(values: np.ndarray, width: int) -> np.ndarray:
 
 def _unit(arms: Sequence[Arm], column: str) -> tuple[float, str]:
     """What to divide a column by so that its axis needs no exponent, and the label of that axis."""
-    largest = max(run.heldout[column].max() for arm in arms for run in arm.runs)
+    return _unit_for(max(run.heldout[column].max() for arm in arms for run in arm.runs), column)
+
+
+def _unit_for(largest: float, column: str) -> tuple[float, str]:
     name, units = _UNITS[column]
     scale, unit = next(((scale, unit) for scale, unit in units if largest >= 2 * scale), units[-1])
     return scale, f"{name}, {unit}"

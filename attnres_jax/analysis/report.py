@@ -18,6 +18,37 @@ from attnres_jax.analysis.comparison import Comparison, Metric, listed, told_dif
 from attnres_jax.analysis.mixing import MEASURES, Mixing, depth_mixing
 from attnres_jax.analysis.page import page, paragraphs, picture, table
 from attnres_jax.analysis.runs import Run, RunError
+from attnres_jax.training.diagnostics import SPIKE
+
+DIAGNOSTICS = {
+    "output_rms": (
+        "Output magnitude",
+        "RMS",
+        True,
+        "What each sublayer returns, tokens and channels together. A row that leaves the others is a sublayer whose "
+        "output runs away or dies.",
+    ),
+    "output_grad_rms": (
+        "Gradient magnitude",
+        "RMS of the gradient",
+        True,
+        "The gradient of the loss with respect to those outputs. Depths of equal colour are trained alike.",
+    ),
+    "depth_entropy": (
+        "Entropy of depth weights",
+        "nats",
+        False,
+        "Of each site's weights; the last is the readout. Later sites have more sources and can have more. A row that "
+        "fades is a site that settles on few sources.",
+    ),
+    "depth_max_weight": (
+        "Largest depth weight",
+        "weight",
+        False,
+        "Of each site; at 1 it reads one source alone, as the first site must.",
+    ),
+}
+"""The depth diagnostics: title, unit, whether the scale is logarithmic, and how to read it."""
 
 
 def write_report(comparison: Comparison, path: str | Path) -> Path:
@@ -61,6 +92,7 @@ def report(comparison: Comparison) -> str:
         parts += ["<h2>Final held-out loss, judged</h2>", f"<ul>\n{paragraphs(judged, 'li')}\n</ul>"]
     parts += ["<h2>Loss</h2>", _grid(_loss_pictures(arms))]
     parts += ["<h2>Magnitudes by depth</h2>", _grid(_magnitude_pictures(arms)) or _not_inspected(arms)]
+    parts += _diagnostics(arms)
     parts += ["<h2>What the sites read</h2>", *_depth_weights(arms)]
     parts += ["<h2>The depth-mixing matrix</h2>", *_mixing(arms)]
     parts += ["<h2>The runs</h2>", _run_table(comparison.runs)]
@@ -200,6 +232,36 @@ def _magnitude_pictures(arms: Sequence[Arm]) -> list[str]:
             alt = f"Lines of {ylabel} by sublayer, from the first to the last: {listed(told)}."
             pictures.append(picture(plots.layer_profile(profiles, ylabel), title, alt, caption))
     return pictures
+
+
+def _diagnostics(arms: Sequence[Arm]) -> list[str]:
+    """Of each arm the depth diagnostics of its first run that has them; nothing where none was measured."""
+    found = {arm.label: next((run for run in arm.runs if run.diagnostics), None) for arm in arms}
+    pictures, spikes = [], []
+    for label, run in found.items():
+        if run is None:
+            continue
+        for key, (title, unit, log, caption) in DIAGNOSTICS.items():
+            if key not in run.diagnostics:
+                continue
+            first, last = run.diagnostics[key][0], run.diagnostics[key][-1]
+            alt = (
+                f"Map of the {title.lower()} of {label} by depth and training tokens: from {first.min():.3g} to "
+                f"{first.max():.3g} at first, from {last.min():.3g} to {last.max():.3g} at last."
+            )
+            figure = plots.training_map(run, key, unit, log=log)
+            pictures.append(picture(figure, f"{label}: {title.lower()}", alt, caption))
+        steps = run.diagnostics["step"][run.diagnostics["depth/spike"] > 0]
+        more = " and later" if len(steps) > 5 else ""
+        at = f"at step {', '.join(f'{step:.0f}' for step in steps[:5])}{more}" if len(steps) else "at no time"
+        spikes.append(f"{label}: {at}")
+    if not pictures:
+        return []
+    told = [
+        "Measured in training, on a part of every so manyth batch: training tokens go to the right, depth goes down.",
+        f"Spikes of the first sublayer, over {SPIKE:g} times the median output: {'; '.join(spikes)}.",
+    ]
+    return ["<h2>Depth over training</h2>", paragraphs(told), _grid(pictures)]
 
 
 def _depth_weights(arms: Sequence[Arm]) -> list[str]:

@@ -36,6 +36,23 @@ class Run:
     """What is incomplete or unreadable, a sentence each."""
 
     @property
+    def diagnostics(self) -> dict[str, np.ndarray]:
+        """Depth diagnostics of the R train rows with them: step, tokens, depth/spike [R], others by depth [R, L].
+
+        Empty where none were measured.
+        """
+        if "depth/spike" not in self.train:
+            return {}
+        measured = np.isfinite(self.train["depth/spike"])
+        found = {key: self.train[key][measured] for key in ("step", "tokens", "depth/spike")}
+        elements: dict[str, dict[int, np.ndarray]] = {}
+        for key, column in self.train.items():
+            name, _, index = key.rpartition("/")
+            if index.isdecimal():
+                elements.setdefault(name, {})[int(index)] = column[measured]
+        return found | {name: np.stack([own[i] for i in sorted(own)], 1) for name, own in elements.items()}
+
+    @property
     def final_loss(self) -> float:
         """Held-out loss of the last evaluation."""
         return float(self.heldout["loss"][-1])

@@ -2,11 +2,12 @@
 
 In every tick a stage runs one chunk forward for one microbatch and one backward for another, or skips what the schedule
 gives it no work for. A backward pass repeats the chunk's forward pass under `jax.vjp`, as far as it needs it, from what
-the stage keeps of a microbatch: the sources that have reached it, each once whatever the number of its chunks, and the
-chunk's stream. These, their cotangents and the gradients are carries of a scan that nobody differentiates, in places
-that are free again when a microbatch is done, so that memory does not grow with the number of microbatches. They are
-large, and a chunk reads and updates them where they lie: rules whose sites read single slots (`windowed`) get the whole
-store and where in it the microbatch's sources begin, the others a copy of these.
+the stage keeps of a microbatch: the sources that have reached it, each once whatever the number of its chunks, the
+chunk's stream, and what the rule knows of the sources (`block`: their logits). These, their cotangents and the
+gradients are carries of a scan that nobody differentiates, in places that are free again when a microbatch is done, so
+that memory does not grow with the number of microbatches. They are large, and a chunk reads and updates them where they
+lie: rules whose sites read single slots (`windowed`) get the whole store and where in it the microbatch's sources
+begin, the others a copy of these.
 
     parameters    at rest cut in width, over `stage` as over `fsdp`, in the order of layers whatever the schedule; at
                   the start of a step an all-to-all brings each stage the layers of its chunks, at the end their

@@ -73,6 +73,7 @@ def small(tmp_path_factory):
 def real_run(small, tmp_path_factory):
     """A block run, really trained and inspected; not to be written to."""
     workdir = tmp_path_factory.mktemp("runs") / "block"
-    train(load_config(f"{ROOT}/configs/tiny.py:residual=block,block_size=2", small), workdir)
+    diagnostics = ["metrics.depth=true", "metrics.every=3"]  # so that steps 3 and 6 of 8 are measured
+    train(load_config(f"{ROOT}/configs/tiny.py:residual=block,block_size=2", [*small, *diagnostics]), workdir)
     inspect_run(workdir)
     return workdir

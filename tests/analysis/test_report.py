@@ -1,4 +1,5 @@
 import base64
+import json
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 
 from attnres_jax.analysis import RunError, compare, write_report
+from attnres_jax.analysis.plots import training_map
 from attnres_jax.analysis.report import summary
+from attnres_jax.analysis.runs import read_run
 
 
 class Page(HTMLParser):
@@ -158,6 +161,42 @@ def test_inspections_without_a_matrix_are_read_and_said_to_lack_it(write, make_r
 def test_names_are_escaped(write, make_run):
     page = write(make_run("a", overrides=["name=<b>bold</b>"]), make_run("b", "block"))
     assert "<b>bold</b>" in page.text and not any(tag == "b" for tag, _ in page.tags)
+
+
+def test_diagnostics_of_a_run_become_maps_over_training(write, real_run, make_run):
+    run = read_run(real_run)
+    assert run.diagnostics["step"].tolist() == [3, 6]
+    sublayers = run.config.model.num_layers * 2
+    shapes = {key: run.diagnostics[key].shape for key in ("output_rms", "depth_entropy")}
+    assert shapes == {"output_rms": (2, sublayers), "depth_entropy": (2, sublayers + 1)}
+    figure = training_map(run, "depth_entropy", "nats")
+    (mesh,) = figure.axes[0].collections
+    np.testing.assert_allclose(mesh.get_array(), run.diagnostics["depth_entropy"].T)
+    np.testing.assert_allclose(mesh.get_coordinates()[0, :, 0][1:], run.diagnostics["tokens"] / 1e3)
+
+    page = write(real_run)
+    maps = [tag["alt"] for name, tag in page.tags if name == "img" and tag["alt"].startswith("Map of the ")]
+    assert [alt.split(" of tiny_block")[0] for alt in maps] == [
+        "Map of the output magnitude",
+        "Map of the gradient magnitude",
+        "Map of the entropy of depth weights",
+        "Map of the largest depth weight",
+    ]
+    assert "tiny_block: at no time." in page.text
+    assert "Depth over training" not in write(make_run("plain")).text
+
+
+def test_spikes_and_a_rule_without_weights_are_told(write, make_run):
+    workdir = make_run("a")
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["kind"] == "train" and row["step"] % 20 == 0:
+            row |= {f"{key}/{i:02d}": 50.0 - 5 * i for key in ("output_rms", "output_grad_rms") for i in range(11)}
+            row["depth/spike"] = float(row["step"] == 40)
+    (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write(workdir)
+    assert "over 10 times the median output: tiny_residual: at step 40." in page.text
+    assert sum(tag["alt"].startswith("Map of the ") for name, tag in page.tags if name == "img") == 2
 
 
 def test_report_that_cannot_be_written_is_one_line(make_run, tmp_path):
