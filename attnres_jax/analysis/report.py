@@ -258,7 +258,7 @@ def _diagnostics(arms: Sequence[Arm]) -> list[str]:
     if not pictures:
         return []
     told = [
-        "Measured every so many steps of training, on part of a batch: training tokens go to the right, depth goes down.",
+        "Measured every so many steps, on part of a batch: training tokens go to the right, depth goes down.",
         f"Spikes of the first sublayer, over {SPIKE:g} times the median output: {'; '.join(spikes)}.",
     ]
     return ["<h2>Depth over training</h2>", paragraphs(told), _grid(pictures)]

@@ -9,10 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
-from attnres_jax.depth.operator import State, known_logits, logits_and_rms, merge_sources, mix, mix_transpose, wide
+from attnres_jax.depth.operator import (
+    State,
+    known_logits,
+    logits_and_rms,
+    merge_sources,
+    mix,
+    mix_transpose,
+    slot_at,
+    wide,
+)
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
-from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank, slot_at
+from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 

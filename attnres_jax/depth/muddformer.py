@@ -17,10 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.depth.bank import WholeBank
-from attnres_jax.depth.operator import HIGHEST, mix, wide
+from attnres_jax.depth.operator import HIGHEST, mix, slot_at, wide
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, unit_rms
-from attnres_jax.depth.scan import Place, Sublayer, slot_at
+from attnres_jax.depth.scan import Place, Sublayer
 
 
 class DynamicWeights(nnx.Module):

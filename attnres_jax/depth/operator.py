@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TPUs would multiply float32 in bfloat16 passes, GPUs in TF32
 READ_CHUNK = 4  # sources added to the running sums at a time: the sums are read and written once for all of them
@@ -232,8 +232,8 @@ def mix(
 
     def products(step, slot):
         slot = step * READ_CHUNK + slot
-        weight = jnp.where(slot < num_valid, _at(weights, jnp.minimum(slot, last)), 0)
-        value = wide(_at(values, first + jnp.minimum(slot, last)))
+        weight = jnp.where(slot < num_valid, slot_at(weights, jnp.minimum(slot, last)), 0)
+        value = wide(slot_at(values, first + jnp.minimum(slot, last)))
         return [w[..., None] * value for w in weight]
 
     def add(step, mixed):
@@ -284,10 +284,10 @@ def mix_transpose(
     def add(source, carry):
         values_bar, weights_bar, _ = carry
         slot = first + source
-        value, weight = wide(_at(values, slot)), _at(weights, source)
+        value, weight = wide(slot_at(values, slot)), slot_at(weights, source)
         weight_bar = jnp.stack(_dots([(bar, value) for bar in mixed_bar]))
         new = sum(weight[s, ..., None] * bar for s, bar in enumerate(mixed_bar))
-        new = (wide(_at(values_bar, slot)) + new).astype(values_bar.dtype)
+        new = (wide(slot_at(values_bar, slot)) + new).astype(values_bar.dtype)
         return (
             jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0),
             jax.lax.dynamic_update_index_in_dim(weights_bar, weight_bar, source, 0),
@@ -298,8 +298,9 @@ def mix_transpose(
     return jax.lax.fori_loop(0, num_valid, add, carry)[:2]
 
 
-def _at(slots, index):
-    return jax.lax.dynamic_index_in_dim(slots, index, keepdims=False)
+def slot_at(slots: PyTree, index: int | Int[Array, ""]) -> PyTree:
+    """One slot of a bank, or of any arrays along their first axis."""
+    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), slots)
 
 
 def _dots(pairs):

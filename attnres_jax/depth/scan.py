@@ -22,6 +22,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, PyTree
 
+from attnres_jax.depth.operator import slot_at
+
 _BANK_POLICY = jax.checkpoint_policies.save_only_these_names("bank")
 REMAT_POLICIES: dict[str, Callable | None] = {
     "none": None,
@@ -356,11 +358,6 @@ def depth_scan(
 def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
     """How many sources all blocks of the segments leave."""
     return sum(len(segment.slots) * rule.part(segment).num_appended(len(segment.kinds)) for segment in segments)
-
-
-def slot_at(bank: PyTree, index: int | Int[Array, ""]) -> PyTree:
-    """One slot of a bank, or of any array along its first axis."""
-    return jax.tree.map(lambda b: jax.lax.dynamic_index_in_dim(b, index, keepdims=False), bank)
 
 
 def kept_in_bank(source: Array) -> Array:

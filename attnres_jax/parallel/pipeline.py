@@ -32,6 +32,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnres_jax.axes import HIDDEN, constrain, mesh_platform
 from attnres_jax.config import PipelineConfig, TrainingConfig
 from attnres_jax.depth import Part, Place, Window, depth_scan
+from attnres_jax.depth.operator import slot_at
 from attnres_jax.layers import RouterReport
 from attnres_jax.layers.router import weigh
 from attnres_jax.models import Decoder, call_sublayer, parameter_name, reports_in_order
@@ -44,7 +45,6 @@ from attnres_jax.parallel.stores import (
     put_corner,
     replace_slot,
     run_if,
-    slot_at,
     take_corner,
     take_slots,
     write_slots,

@@ -12,12 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, PyTree
 
+from attnres_jax.depth.operator import slot_at
 from attnres_jax.parallel.schedules import IDLE
-
-
-def slot_at(store: Array, place: Int[Array, ""]) -> Array:
-    """The slot at that place."""
-    return jax.lax.dynamic_index_in_dim(store, place, keepdims=False)
 
 
 def replace_slot(store: Array, place: Int[Array, ""], value: Array) -> Array:
