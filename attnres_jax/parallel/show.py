@@ -2,7 +2,8 @@
 
 python -m attnres_jax.parallel.show --config=configs/tiny.py [--config.mesh.fsdp=4 ...] [--devices=64]
 
-With --devices nothing but the number counts: those devices need not be there, and nothing is computed.
+The devices need not be there, and nothing is computed. Without --devices they are this machine's, or as few as make up
+the mesh.
 """
 
 import math
@@ -18,7 +19,7 @@ from jax.sharding import PartitionSpec
 from attnres_jax.cli import launch
 from attnres_jax.config import Config, load_config
 from attnres_jax.models import Decoder, named_leaves
-from attnres_jax.parallel.mesh import AXES, abstract_mesh
+from attnres_jax.parallel.mesh import AXES, abstract_mesh, asked_sizes
 from attnres_jax.parallel.sharding import TABLE, batch_sharding, logical_axes, with_shardings
 
 
@@ -57,7 +58,14 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments:
         raise flags.Error(f"argument {arguments[0]!r} is not understood; settings are given as --config.key=value")
     config = load_config(flags.FLAGS.config, overrides)
-    print(placement(config, flags.FLAGS.devices or jax.device_count()))
+    print(placement(config, flags.FLAGS.devices or default_devices(config, jax.device_count())))
+
+
+def default_devices(config: Config, here: int) -> int:
+    """The number of devices `here` if they make up the mesh, or of the fewest that do."""
+    asked = asked_sizes(config.mesh).values()
+    fewest = math.prod(size for size in asked if size > 0)
+    return here if here == fewest or (min(asked) < 0 and here % fewest == 0) else fewest
 
 
 def _mesh_axes(spec: PartitionSpec, ndim: int) -> str:
@@ -79,6 +87,8 @@ def _aligned(rows: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> list[s
 
 if __name__ == "__main__":
     flags.DEFINE_string("config", None, "Config file and its argument, as in configs/tiny.py:residual=block.")
-    flags.DEFINE_integer("devices", None, "How many devices; those of this machine if not given.", lower_bound=1)
+    flags.DEFINE_integer(
+        "devices", None, "How many devices; if not given, this machine's or the fewest that work.", lower_bound=1
+    )
     flags.mark_flag_as_required("config")
     launch(main)

@@ -29,7 +29,7 @@ from attnres_jax.models import Decoder, named_leaves
 from attnres_jax.parallel import AXES, TABLE, abstract_mesh, make_mesh, mesh_sizes, with_shardings
 from attnres_jax.parallel.mesh import across, device_array, mesh_that_fits
 from attnres_jax.parallel.sharding import logical_axes
-from attnres_jax.parallel.show import placement
+from attnres_jax.parallel.show import default_devices, placement
 
 TINY = str(ROOT / "configs/tiny.py")
 MOE = ModelConfig(mlp_layers="moe", moe=MoEConfig(num_experts=6, expert_width=64))
@@ -181,6 +181,14 @@ def test_the_placement_is_printed_with_bytes():
     assert lines["sublayers.gqa.query.kernel"].endswith(f"{8 * 128 * 128 * 4 // 4:,}")
     assert lines["sites.query"].endswith(f"{17 * 128 * 4:,}")
     assert "A device has 2 x 64 tokens" in text
+
+
+def test_the_placement_is_on_the_devices_that_are_here_or_on_the_fewest_that_make_up_the_mesh():
+    numbers = [
+        default_devices(config_of(**axes), here)
+        for axes, here in (({}, 1), ({}, 8), ({"fsdp": 4}, 8), ({"fsdp": 4}, 1), ({"data": 1, "fsdp": 4}, 8))
+    ]
+    assert numbers == [1, 8, 8, 4, 4]
 
 
 def test_the_command():
