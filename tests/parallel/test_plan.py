@@ -116,10 +116,10 @@ def test_a_program_too_large_for_the_chip_is_read_all_the_same(tmp_path):
 
 
 def test_the_bank_of_a_device():
-    """Of 8 x 64 tokens a device has 2 x 32; the embedding and all of four blocks but the last; logits of 17 sites."""
+    """Of 8 x 64 tokens a device has 2 x 32; the embedding and all of four blocks but the last; 17 logits and an RMS."""
     model = shapes_of(num_layers=8, width=128)
     mesh = abstract_mesh(Config(data=DataConfig(sequence_length=64), mesh=MeshConfig(data=4, context=2)), 8)
-    assert plan.bank_bytes(model, mesh, 8, 64) == (4, 4 * 2 * 32 * (128 + 17) * 4)
+    assert plan.bank_bytes(model, mesh, 8, 64) == (4, 4 * 2 * 32 * (128 + 17 + 1) * 4)
     stream = shapes_of(num_layers=8, width=128, depth=dataclasses.replace(ModelConfig().depth, rule="residual"))
     assert plan.bank_bytes(stream, mesh, 8, 64) == (0, 0)
 
