@@ -1,6 +1,7 @@
 """Runs on disk: what a workdir holds, read whole and tolerant of a file that was being written when the run died."""
 
 import dataclasses
+import functools
 import json
 import math
 import zipfile
@@ -35,7 +36,7 @@ class Run:
     notes: tuple[str, ...]
     """What is incomplete or unreadable, a sentence each."""
 
-    @property
+    @functools.cached_property
     def diagnostics(self) -> dict[str, np.ndarray]:
         """Depth diagnostics of the R train rows with them: step, tokens, depth/spike [R], others by depth [R, L].
 

@@ -21,7 +21,7 @@ from attnres_jax.depth.operator import (
 )
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
-from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank
+from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank, put_slots
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
 
@@ -126,8 +126,7 @@ class Block:
 
         def fill(source: Int[Array, ""], scores: PyTree) -> PyTree:
             new = self.scores(own, slot_at(values, place.slot(source)), source)
-            put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, place.slot(source), 0)  # noqa: E731
-            return jax.tree.map(put, scores, new)
+            return put_slots(scores, [new], place.slot(source))
 
         one = jax.eval_shape(lambda: self.scores(own, values[0], 0))
         scores = jax.tree.map(lambda x: jnp.zeros((len(values), *x.shape), x.dtype), one)

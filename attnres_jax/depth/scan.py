@@ -246,7 +246,7 @@ def depth_scan(
                 stream, newest, bank = carry
                 rule, slots, place = rules[index], at[0], place_of(numbers, len(segment.kinds), *at[1:])
                 if newest is not None:
-                    bank = _append(bank, [rule.slot(sites, newest, place.num_valid - 1)], place.num_valid - 1)
+                    bank = put_slots(bank, [rule.slot(sites, newest, place.num_valid - 1)], place.num_valid - 1)
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)
                 block = _block(rule, segment, call, place, context, remat if save else "none")
@@ -258,7 +258,7 @@ def depth_scan(
                 if part and newest is not None:
                     new, newest = (*new, rule.slot(sites, newest, place.num_valid + len(new))), None
                 if not (part and part.complete):
-                    bank = _append(bank, new, place.slot(place.num_valid))
+                    bank = put_slots(bank, new, place.slot(place.num_valid))
                 return (stream, newest, bank), (report, kept)
 
             carry = stream, newest, bank
@@ -347,7 +347,7 @@ def depth_scan(
             return stacks_bar, sites_bar, stream_bar, newest_bar, None, None
         # What was appended had taken the place of what was there.
         place, zero = place_of(numbers), jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)
-        bank_bar = _append(bank_bar, [zero] * total, place.slot(place.num_valid))
+        bank_bar = put_slots(bank_bar, [zero] * total, place.slot(place.num_valid))
         sites_bar, values_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
         return stacks_bar, sites_bar, stream_bar, None, values_bar, None
 
@@ -358,6 +358,14 @@ def depth_scan(
 def num_appended(rule: Rule, segments: Sequence[Segment]) -> int:
     """How many sources all blocks of the segments leave."""
     return sum(len(segment.slots) * rule.part(segment).num_appended(len(segment.kinds)) for segment in segments)
+
+
+def put_slots(bank: PyTree, new: Sequence[PyTree], start: int | Int[Array, ""]) -> PyTree:
+    """`bank` with those slots one after the other from `start` on."""
+    for i, slot in enumerate(new):
+        put = lambda b, s, i=i: jax.lax.dynamic_update_index_in_dim(b, s.astype(b.dtype), start + i, 0)  # noqa: E731
+        bank = jax.tree.map(put, bank, slot)
+    return bank
 
 
 def kept_in_bank(source: Array) -> Array:
@@ -420,13 +428,6 @@ def _in_order(segment: Segment) -> bool:
 def _only(blocks: PyTree) -> PyTree:
     """Of a segment of one block that block."""
     return jax.tree.map(lambda x: jnp.asarray(x)[0], blocks)
-
-
-def _append(bank: PyTree, new: Sequence[PyTree], start: Int[Array, ""]) -> PyTree:
-    for i, slot in enumerate(new):
-        put = lambda b, s, i=i: jax.lax.dynamic_update_index_in_dim(b, s.astype(b.dtype), start + i, 0)  # noqa: E731
-        bank = jax.tree.map(put, bank, slot)
-    return bank
 
 
 def _slots_from(start: int | Int[Array, ""], count: int, bank: PyTree) -> tuple[PyTree, ...]:
