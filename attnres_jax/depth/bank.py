@@ -22,7 +22,7 @@ class Bare:
         """Parameters, sources and sites as they are."""
         return sites, values, place.site
 
-    def enter_transpose(self, sites: PyTree, bank: Array, place: Place, own_bar: PyTree, bank_bar: Array):
+    def enter_transpose(self, sites: PyTree, place: Place, own_bar: PyTree, bank_bar: Array):
         """As they are, too."""
         return own_bar, bank_bar
 
@@ -30,7 +30,7 @@ class Bare:
         """Nothing."""
 
     def slot(
-        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: Array | None = None
+        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]
     ) -> Float[Array, "*batch D"]:
         """The source itself."""
         return source
@@ -53,4 +53,4 @@ class WholeBank(Bare):
 
     def read_transpose(self, sites: PyTree, bank: Array, place: Place, view: Array, view_bar: Array, bank_bar: Array):
         """The cotangent as it is, added."""
-        return jax.tree.map(jnp.zeros_like, sites), bank_bar + view_bar
+        return jax.tree.map(jnp.zeros_like, sites), bank_bar + self.sources(view_bar)

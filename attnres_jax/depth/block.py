@@ -11,8 +11,10 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from attnres_jax.depth.operator import (
     State,
+    dots,
     known_logits,
     logits_and_rms,
+    logits_transpose,
     merge_sources,
     mix,
     mix_transpose,
@@ -23,13 +25,14 @@ from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
 from attnres_jax.depth.scan import Place, Segment, Sublayer, kept_in_bank, put_slots
 from attnres_jax.depth.sites import Sites
-from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights
+from attnres_jax.depth.weighting import adjust, group_logits, merge_sigmoid, to_weights, weights_transpose
 
 
 class Bank(NamedTuple):
     """Completed sources, and the logits that every site gives them: computed once, when a source is complete.
 
     With the reciprocal RMS that is in them, their backward pass needs no forward pass; None in other forms of logits.
+    Both are constants to a gradient: what a site reads sends what they are due to the values (`Block.read_transpose`).
     The whole bank has a leading axis of slots; a single slot, without it, is a Bank too.
     """
 
@@ -75,8 +78,12 @@ class Block:
 
     def read(self, sites: Sites, bank: Bank, place: Place) -> tuple[State, ...]:
         """Phase 1: each of the block's sites over the completed sources."""
-        own = [self.num_own(i) for i in range(place.num_sites)]
-        weights, maximum, denominator = self.weigh(sites, _logits(bank, place), place.site, place.num_valid, own)
+        return self.read_bank(sites, bank, place, [self.num_own(i) for i in range(place.num_sites)])
+
+    def read_bank(self, sites: Sites, bank: Bank, place: Place, own: Sequence[int]) -> tuple[State, ...]:
+        """Phase 1 of sites with so many newer sources each in their own block."""
+        logits = self.adjusted(sites, self.at_sites(bank, place).logits, place, own)
+        weights, maximum, denominator = self.weigh(logits, place.num_valid, own)
         state = State(mix(bank.values, weights, place.num_valid, place.slot(0)), maximum, denominator)
         return tuple(self.finished(state.site(i), bank) if own[i] == 0 else state.site(i) for i in range(len(own)))
 
@@ -84,19 +91,43 @@ class Block:
         """Of a site that reads the bank alone: what it reads, in the dtype of the sources as at any other site."""
         return state._replace(numerator=state.numerator.astype(bank.values.dtype))
 
-    def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Bank):
-        """The backward pass of phase 1, added into the bank's cotangent."""
+    def read_transpose(self, sites: Sites, bank: Bank, place: Place, view, view_bar, bank_bar: Array):
+        """The backward pass of phase 1 and of the logits in it, added into the cotangent of the sources."""
         own = [self.num_own(i) for i in range(place.num_sites)]
-        weigh = lambda sites, logits: self.weigh(sites, logits, place.site, place.num_valid, own)  # noqa: E731
-        (weights, maximum, _), unweigh = jax.vjp(weigh, sites, _logits(bank, place))
-        values_bar, weights_bar = mix_transpose(
-            bank.values, weights, place.num_valid, [wide(x.numerator) for x in view_bar], bank_bar.values, place.slot(0)
+        return self.read_bank_transpose(sites, bank, place, own, view, view_bar, bank_bar)
+
+    def read_bank_transpose(self, sites, bank: Bank, place: Place, own: Sequence[int], view, view_bar, bank_bar):
+        """The same, of `read_bank`."""
+        known = self.at_sites(bank, place)
+        logits, unadjust = jax.vjp(lambda sites: self.adjusted(sites, known.logits, place, own), sites)
+        scoring, unslice = jax.vjp(lambda sites: self.scoring(sites, place.site, place.num_sites), sites)
+        weights, _, _ = self.weigh(logits, place.num_valid, own)
+        mixed_bar = [wide(state.numerator) for state in view_bar]
+        # What a softmax takes off the cotangents of all its weights; over the bank alone it follows from what was read.
+        offset = jnp.stack(
+            [
+                -state_bar.denominator if count else dots([(bar, wide(state.numerator))])[0]
+                for count, state, state_bar, bar in zip(own, view, view_bar, mixed_bar, strict=True)
+            ]
         )
-        denominator_bar = jnp.stack([state.denominator for state in view_bar])
-        sites_bar, logits_bar = unweigh((weights_bar, jnp.zeros_like(maximum), denominator_bar))
-        where = [jnp.asarray(i, jnp.int32) for i in (place.slot(0), place.site, *[0] * (logits_bar.ndim - 2))]
-        logits_bar = jax.lax.dynamic_update_slice(bank_bar.logits, _logits(bank_bar, place) + logits_bar, where)
-        return sites_bar, bank_bar._replace(values=values_bar, logits=logits_bar)
+
+        def through_weights(source, value, weight_bar):
+            logit_bar = weights_transpose(slot_at(weights, source), weight_bar, offset, self.options)
+            slot = Bank(value, *slot_at(known[1:], source))
+            return self.scores_transpose(scoring, slot, source, logit_bar)
+
+        values_bar, weights_bar, scoring_bar = mix_transpose(
+            bank.values,
+            weights,
+            place.num_valid,
+            mixed_bar,
+            self.split(bank_bar),
+            place.slot(0),
+            through_weights,
+        )
+        adjusted_bar = weights_transpose(weights, weights_bar, offset, self.options)
+        sites_bar = jax.tree.map(jnp.add, *unslice(scoring_bar), *unadjust(adjusted_bar))
+        return sites_bar, self.join(values_bar)
 
     def block(
         self, sites: Sites, stream: Array | None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]
@@ -123,12 +154,13 @@ class Block:
         Row 0 is that of a site whose query changes nothing; site 0 itself has one, and its query is a zero here.
         """
         own, values = self.rows(sites, place), self.split(values)
+        scoring = self.scoring(own, 0, 1 + place.num_sites)
 
         def fill(source: Int[Array, ""], scores: PyTree) -> PyTree:
-            new = self.scores(own, slot_at(values, place.slot(source)), source)
+            new = self.scores(scoring, slot_at(values, place.slot(source)), source)
             return put_slots(scores, [new], place.slot(source))
 
-        one = jax.eval_shape(lambda: self.scores(own, values[0], 0))
+        one = jax.eval_shape(lambda: self.scores(scoring, values[0], 0))
         scores = jax.tree.map(lambda x: jnp.zeros((len(values), *x.shape), x.dtype), one)
         if known is None:
             scores = jax.lax.fori_loop(0, place.num_valid, fill, scores)
@@ -144,23 +176,9 @@ class Block:
         count = len(bank.values) if place.window is None else place.window.size
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place.slot(0), count), tuple(bank[1:]))
 
-    def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
-        """The backward pass of the logits, added into the sources' cotangent."""
-        own, unslice = jax.vjp(lambda sites: self.rows(sites, place), sites)
-
-        def add(source: Int[Array, ""], carry: tuple[Array, Sites, Array]) -> tuple[Array, Sites, Array]:
-            values_bar, own_bar, _ = carry
-            slot = place.slot(source)
-            known = slot_at(bank, slot)
-            score = lambda own, value: self.scores(own, value, source, known)[0]  # noqa: E731
-            row_bar, new = jax.vjp(score, own, known.values)[1](slot_at(bank_bar.logits, slot))
-            new = slot_at(values_bar, slot) + new
-            values_bar = jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0)
-            return values_bar, jax.tree.map(jnp.add, own_bar, row_bar), new  # carried along as in `mix_transpose`
-
-        carry = bank_bar.values, own_bar, jnp.zeros_like(bank_bar.values[0])
-        values_bar, own_bar, _ = jax.lax.fori_loop(0, place.num_valid, add, carry)
-        return *unslice(own_bar), self.join(values_bar)
+    def enter_transpose(self, sites: Sites, place: Place, own_bar: Sites, bank_bar: Array):
+        """The sources' cotangent as it is."""
+        return *jax.vjp(lambda sites: self.rows(sites, place), sites)[1](own_bar), bank_bar
 
     def rows(self, sites: Sites, place: Place) -> Sites:
         """Of the sites at `place`, and a first one of zeros."""
@@ -187,7 +205,7 @@ class Block:
 
     def own_logits(self, sites: Sites, place: Place, i: int, own: Sequence[Array]) -> Float[Array, "K *batch"]:
         """The logits of the own block's sources at its site `i`: here of the partial sum."""
-        return self.logits(sites, own[0], place.num_valid, place.site + i)
+        return self.scores(self.scoring(sites, place.site + i, 1), own[0], place.num_valid)[0]
 
     def merged(self, sites, state: State, own: Sequence[Array], logits: Float[Array, "K *batch"], site):
         """A site's share of the bank and further sources under one softmax."""
@@ -195,13 +213,16 @@ class Block:
         merge = merge_sources if self.options.weights == "softmax" else merge_sigmoid
         return merge(state, tuple(own), logits)
 
-    def weigh(self, sites: Sites, logits: Float[Array, "N S *batch"], site, num_valid, own: Sequence[int]):
-        """(weights, maximum, denominator) of the bank at sites that have each `own` newer sources in their block.
+    def adjusted(self, sites: Sites, logits: Float[Array, "N S *batch"], place: Place, own: Sequence[int]):
+        """The bank's logits under the options, at sites that have each `own` newer sources in their block."""
+        slots = jnp.arange(len(logits))[:, None]
+        return self.adjust(sites, logits, place.num_valid - 1 - slots + np.array(own), slots[:, 0] == 0, place.site)
+
+    def weigh(self, logits: Float[Array, "N S *batch"], num_valid: int | Int[Array, ""], own: Sequence[int]):
+        """(weights, maximum, denominator) of the bank at those sites.
 
         Where there are none, the softmax is over the bank alone and finished here: its weights sum to one.
         """
-        slots = jnp.arange(len(logits))[:, None]
-        logits = self.adjust(sites, logits, num_valid - 1 - slots + np.array(own), slots[:, 0] == 0, site)
         weights, maximum, denominator = to_weights(logits, num_valid, self.options)
         alone = np.array(own).reshape(-1, *[1] * (denominator.ndim - 1)) == 0
         return weights / jnp.where(alone, denominator, 1), maximum, jnp.where(alone, 1, denominator)
@@ -225,11 +246,25 @@ class Block:
         self, sites: Sites, stream: None, newest: Float[Array, "*batch D"], bank: Bank
     ) -> Float[Array, "*batch D"]:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
-        num_valid, site = len(bank.values), bank.logits.shape[1] - 1
-        weights, maximum, denominator = self.weigh(sites, bank.logits[:, -1:], site, num_valid, [1])
-        state, own = State(mix(bank.values, weights, num_valid), maximum, denominator).site(0), self.split(newest)
-        mixed = self.merged(sites, state, (own,), self.logits(sites, own, num_valid, site), site)
-        return self.join(self.summed(mixed, num_valid + 1))
+        place, own = Place(bank.logits.shape[1] - 1, len(bank.values), 1), self.split(newest)
+
+        @jax.custom_vjp
+        def read(sites: Sites, bank: Bank) -> State:
+            return self.read_bank(sites, bank, place, [1])[0]
+
+        def read_forward(sites: Sites, bank: Bank):
+            return read(sites, bank), (sites, bank)
+
+        def read_backward(saved: tuple[Sites, Bank], state_bar: State):
+            sites, bank = saved
+            zeros = jax.tree.map(jnp.zeros_like, bank)
+            bars = self.read_bank_transpose(sites, bank, place, [1], [None], [state_bar], self.sources(zeros))
+            return bars[0], zeros._replace(values=self.split(bars[1]))
+
+        read.defvjp(read_forward, read_backward)
+        logits = self.scores(self.scoring(sites, place.site, 1), own, place.num_valid)[0]
+        mixed = self.merged(sites, read(sites, bank), (own,), logits, place.site)
+        return self.join(self.summed(mixed, place.num_valid + 1))
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
         """The rule as a plain loop."""
@@ -247,49 +282,58 @@ class Block:
             reads = [min(read, 1 + self.options.window) for read in reads]
         return (2 if self.options.query == "none" else 4) * width * sum(reads)
 
-    def slot(
-        self,
-        sites: Sites,
-        source: Float[Array, "*batch D"],
-        index: int | Int[Array, ""],
-        known: Bank | None = None,
-    ) -> Bank:
+    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Bank:
         """A completed source as slot `index` of the bank, with the logits of all sites from one matmul."""
         source = kept_in_bank(self.split(source))
-        return Bank(source, *self.scores(sites, source, index, known))
+        return Bank(source, *jax.lax.stop_gradient(self.scores(self.scoring(sites), source, index)))
 
-    def logits(
-        self, sites: Sites, source: Array, index: int | Int[Array, ""], site: int | Int[Array, ""]
-    ) -> Float[Array, "1 *batch"]:
-        """The logits of source `index` at one site."""
-        return self.scores(sites, source, index, site=site)[0]
-
-    def scores(
-        self,
-        sites: Sites,
-        source: Array,
-        index: int | Int[Array, ""],
-        known: Bank | None = None,
-        site: int | Int[Array, ""] | None = None,
-    ) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"] | None]:
-        """The logits of source `index` at all sites, [L+1, *batch], or at one, and their `rms`: see `Bank`.
-
-        If they are known, from the source's slot, they are not computed again.
-        """
-        take = (lambda x: x[...]) if site is None else lambda x: jax.lax.dynamic_slice_in_dim(x[...], site, 1)
+    def scoring(self, sites: Sites, site: int | Int[Array, ""] = 0, count: int | None = None) -> PyTree:
+        """What the logits of `count` sites from `site` on are computed from: of all, if there is no count."""
+        take = lambda x: x if count is None else jax.lax.dynamic_slice_in_dim(x, site, count)  # noqa: E731
         if self.options.query == "none":
-            column = jax.lax.dynamic_index_in_dim(take(sites.source_logit), index, 1, keepdims=False)
-            column = column.astype(wide(source).dtype).reshape(-1, *[1] * (source.ndim - 1))
-            return jnp.broadcast_to(column, (len(column), *source.shape[:-1])), None
+            return take(sites.source_logit[...])
         # Site 0 has one source, so its query changes nothing: as a constant it also gets exactly zero gradient, and no
         # rounding residue.
-        queries = sites.query[...].at[0].set(0.0) if site is None else take(sites.query)
+        queries = take(sites.query[...].at[0].set(0.0))
+        return queries, take(sites.key_scale[...]) if self.options.key_norm else None
+
+    def scores(
+        self, scoring: PyTree, source: Array, index: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"] | None]:
+        """The logits of source `index` at the sites of `scoring`, and the `rms` in them: see `Bank`."""
+        if self.options.query == "none":
+            column = jax.lax.dynamic_index_in_dim(scoring, index, 1, keepdims=False)
+            column = column.astype(wide(source).dtype).reshape(-1, *[1] * (source.ndim - 1))
+            return jnp.broadcast_to(column, (len(column), *source.shape[:-1])), None
         if self.grouped:
-            scales = take(sites.key_scale) if self.options.key_norm else None
-            return group_logits(source, queries, scales, self.eps), None
-        if known is not None:
-            return known_logits(source, queries, take(sites.key_scale), known.rms, known.logits), known.rms
-        return logits_and_rms(source, queries, take(sites.key_scale), self.eps)
+            return group_logits(source, *scoring, self.eps), None
+        return logits_and_rms(source, *scoring, self.eps)
+
+    def scores_transpose(
+        self, scoring: PyTree, slot: Bank, index: int | Int[Array, ""], logits_bar: Float[Array, "S *batch"]
+    ) -> tuple[Array, PyTree]:
+        """The backward pass of `scores`, from what it returned: cotangents of (the source, `scoring`)."""
+        if slot.rms is None:
+            score = lambda scoring, source: self.scores(scoring, source, index)[0]  # noqa: E731
+            scoring_bar, value_bar = jax.vjp(score, scoring, slot.values)[1](logits_bar)
+            return value_bar, scoring_bar
+        value_bar, *scoring_bar = logits_transpose(slot.values, *scoring, slot.rms, slot.logits, logits_bar)
+        return value_bar, tuple(scoring_bar)
+
+    def known_scores(self, scoring: PyTree, slot: Bank, index: int | Int[Array, ""], site: int | Int[Array, ""]):
+        """The logits of a slot at the sites of `scoring`, from `site` on; not as constants."""
+        if slot.rms is None:
+            return self.scores(scoring, slot.values, index)[0]
+        logits = jax.lax.dynamic_slice_in_dim(slot.logits, site, len(scoring[0]))
+        return known_logits(slot.values, *scoring, slot.rms, logits)
+
+    def at_sites(self, bank: Bank, place: Place) -> Bank:
+        """Of the slots in `place.window` the logits at the sites of `place`; the values as they are."""
+        known = bank[1:]
+        if place.window is not None:
+            known = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, *place.window), known)
+        logits, rms = known
+        return Bank(bank.values, jax.lax.dynamic_slice_in_dim(logits, place.site, place.num_sites, axis=1), rms)
 
     def run(self, sublayer: Sublayer, mixed: Array, place: Place, i: int) -> Array:
         """Calls a sublayer on what the block's site `i` reads."""
@@ -306,11 +350,3 @@ class Block:
     def join(self, x: Array) -> Array:
         """The inverse of `split`."""
         return x.reshape(*x.shape[:-2], -1) if self.grouped else x
-
-
-def _logits(bank: Bank, place: Place) -> Float[Array, "slots S *batch"]:
-    """Of all sources at the sites of `place`."""
-    logits = bank.logits
-    if place.window is not None:
-        logits = jax.lax.dynamic_slice_in_dim(logits, *place.window)
-    return jax.lax.dynamic_slice_in_dim(logits, place.site, place.num_sites, axis=1)

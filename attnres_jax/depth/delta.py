@@ -39,10 +39,12 @@ class Delta(Full):
     ):
         """Phase 2 over the outputs of the own block; each output joins the stream and the bank."""
         slots: list[Bank] = []
+        own: list[Bank] = []
         for i, sublayer in enumerate(sublayers):
             if i:
                 slots.append(self.slot(sites, y, place.num_valid + i - 1))
-            y = sublayer((stream + self.mixed(sites, view, place, i, slots)).astype(stream.dtype))
+                own.append(self.own_slot(sites, slots[-1], place, i - 1))
+            y = sublayer((stream + self.mixed(sites, view, place, i, own)).astype(stream.dtype))
             stream = stream + y
         return stream, tuple(slots), y
 
@@ -50,10 +52,9 @@ class Delta(Full):
         """As without a stream; slot 0, where the embedding comes, is the null source."""
         return super().enter(sites, values.at[0].set(0), place, known)
 
-    def enter_transpose(self, sites: Sites, bank: Bank, place: Place, own_bar: Sites, bank_bar: Bank):
+    def enter_transpose(self, sites: Sites, place: Place, own_bar: Sites, bank_bar: Array):
         """Nothing goes to the embedding."""
-        sites_bar, values_bar = super().enter_transpose(sites, bank, place, own_bar, bank_bar)
-        return sites_bar, values_bar.at[0].set(0)
+        return super().enter_transpose(sites, place, own_bar, bank_bar.at[0].set(0))
 
     def readout(
         self, sites: Sites, stream: Float[Array, "*batch D"], newest: Float[Array, "*batch D"], bank: Bank

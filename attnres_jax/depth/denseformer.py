@@ -55,7 +55,7 @@ class DenseFormer(Bare):
     def read_transpose(self, sites: SourceWeights, bank, place: Place, view, view_bar, bank_bar):
         """The backward pass of `read`, added into the bank's cotangent."""
         weights, pullback = jax.vjp(lambda sites: _weights(sites, bank, place), sites)
-        bank_bar, weights_bar = mix_transpose(bank, weights, place.num_valid, [wide(x) for x in view_bar], bank_bar)
+        bank_bar, weights_bar, _ = mix_transpose(bank, weights, place.num_valid, [wide(x) for x in view_bar], bank_bar)
         return *pullback(weights_bar), bank_bar
 
     def block(self, sites: SourceWeights, stream: None, view, place: Place, sublayers: Sequence[Sublayer]):

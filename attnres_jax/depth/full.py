@@ -21,17 +21,24 @@ class Full(Block):
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2 over the outputs of the own block, which all join the bank."""
         slots: list[Bank] = []
+        own: list[Bank] = []
         for i, sublayer in enumerate(sublayers):
             if i:
                 slots.append(self.slot(sites, newest, place.num_valid + i - 1))
-            newest = self.join(self.run(sublayer, self.mixed(sites, view, place, i, slots), place, i))
+                own.append(self.own_slot(sites, slots[-1], place, i - 1))
+            newest = self.join(self.run(sublayer, self.mixed(sites, view, place, i, own), place, i))
         return None, tuple(slots), newest
+
+    def own_slot(self, sites: Sites, slot: Bank, place: Place, i: int) -> Bank:
+        """The output of the block's sublayer `i` with the logits of the block's sites alone, which are no constants."""
+        scoring = self.scoring(sites, place.site, place.num_sites)
+        return slot._replace(logits=self.known_scores(scoring, slot, place.num_valid + i, place.site))
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Bank]):
         """What the block's site `i` reads: its share of the bank, and the outputs of its own block so far."""
         if not own:
             return super().mixed(sites, view, place, i, ())
-        logits = jnp.stack([slot.logits[place.site + i] for slot in own])
+        logits = jnp.stack([slot.logits[i] for slot in own])
         return self.merged(sites, view[i], [slot.values for slot in own], logits, place.site + i)
 
     def num_appended(self, num_sites: int) -> int:

@@ -27,9 +27,7 @@ class InputQuery(WholeBank, Block):
         self.source_size = source_size
         self.grouped = True
 
-    def slot(
-        self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: Array | None = None
-    ) -> Array:
+    def slot(self, sites: Sites, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> Array:
         """Its channels cut into groups."""
         return self.split(source)
 
@@ -45,9 +43,9 @@ class InputQuery(WholeBank, Block):
         """What the block's site `i` reads: the bank and its own block's sources so far."""
         newest = own[-1] if own else slot_at(view, place.num_valid - 1)
         site, query = place.site + i, self.query(sites, place.site + i, newest)
-        weights, maximum, denominator = self.weigh(
-            sites, self.token_logits(sites, query, view, site), site, place.num_valid, [len(own)]
-        )
+        logits = self.token_logits(sites, query, view, site)
+        logits = self.adjusted(sites, logits, place._replace(site=site), [len(own)])
+        weights, maximum, denominator = self.weigh(logits, place.num_valid, [len(own)])
         state = State(mix(view, weights, place.num_valid), maximum, denominator).site(0)
         if not own:
             return state.numerator.astype(view.dtype)
@@ -82,10 +80,6 @@ class InputQuery(WholeBank, Block):
     def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place, known: None = None):
         """Parameters and sites as they are, the sources' channels cut into groups."""
         return sites, self.split(values), place.site
-
-    def enter_transpose(self, sites: Sites, bank: Array, place: Place, own_bar: Sites, bank_bar: Array):
-        """Channels put together again."""
-        return own_bar, self.join(bank_bar)
 
     def sources(self, bank: Array) -> Float[Array, "*slots_batch D"]:
         """Channels put together again."""

@@ -12,7 +12,7 @@ recompute the rest.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -128,7 +128,7 @@ def _normalise_forward(state):
 
 def _normalise_backward(saved, mixed_bar):
     mixed, maximum, denominator = saved
-    (mean,) = _dots([(mixed_bar, mixed)])
+    (mean,) = dots([(mixed_bar, mixed)])
     return (State(mixed_bar / denominator[..., None], jnp.zeros_like(maximum), -mean / denominator),)
 
 
@@ -146,7 +146,7 @@ def depth_logits(
 def logits_and_rms(
     sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], key_scales: Float[Array, "S D"], eps: float
 ) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"]]:
-    """`depth_logits`, and the `reciprocal_rms` in them: with both, `known_logits` need no forward pass."""
+    """`depth_logits`, and the `reciprocal_rms` in them: with both, `logits_transpose` needs no forward pass."""
     return _logits_forward(sources, queries, key_scales, eps)[0]
 
 
@@ -160,14 +160,22 @@ def _logits_forward(sources, queries, key_scales, eps):
     return (logits, rms), (sources, queries, key_scales, rms, logits)
 
 
-def _logits_backward(saved, logits_bar):
-    sources, queries, key_scales, rms, logits = saved
+def logits_transpose(
+    sources: Float[Array, "*batch D"],
+    queries: Float[Array, "S D"],
+    key_scales: Float[Array, "S D"],
+    rms: Float[Array, "*batch"],
+    logits: Float[Array, "S *batch"],
+    logits_bar: Float[Array, "S *batch"],
+) -> tuple[Float[Array, "*batch D"], Float[Array, "S D"], Float[Array, "S D"]]:
+    """The backward pass of `logits_and_rms` from its results: the cotangents of sources, queries and key scales."""
     values = wide(sources)
     folded = _folded(queries, key_scales, values.dtype)
     scaled = logits_bar * rms
     # d logit / d v = rms (w g - v rms logit / D): the second term is the derivative of the normalisation.
     along = jnp.sum(scaled * logits, axis=0) * rms / sources.shape[-1]
-    sources_bar = jnp.einsum("s...,sd->...d", scaled, folded, precision=HIGHEST) - along[..., None] * values
+    # Not as a product, for which a TPU would copy a bank that `mix_transpose` reads into another layout.
+    sources_bar = sum(s[..., None] * f for s, f in zip(scaled, folded, strict=True)) - along[..., None] * values
     folded_bar = jnp.einsum("s...,...d->sd", scaled, values, precision=HIGHEST)
     return (
         sources_bar.astype(sources.dtype),
@@ -176,7 +184,7 @@ def _logits_backward(saved, logits_bar):
     )
 
 
-logits_and_rms.defvjp(_logits_forward, lambda eps, saved, bars: _logits_backward(saved, bars[0]))
+logits_and_rms.defvjp(_logits_forward, lambda eps, saved, bars: logits_transpose(*saved, bars[0]))
 
 
 @jax.custom_vjp
@@ -192,7 +200,7 @@ def known_logits(
 
 
 known_logits.defvjp(
-    lambda *inputs: (inputs[-1], inputs), lambda saved, logits_bar: (*_logits_backward(saved, logits_bar), None, None)
+    lambda *inputs: (inputs[-1], inputs), lambda saved, logits_bar: (*logits_transpose(*saved, logits_bar), None, None)
 )
 
 
@@ -253,7 +261,8 @@ def _mix_forward(values, weights, num_valid, first):
 def _mix_backward(saved, mixed_bar):
     values, weights, *where = saved
     num_valid, first = map(jnp.asarray, where)  # inside a condition constants come back as NumPy scalars
-    return *mix_transpose(values, weights, num_valid, list(mixed_bar), jnp.zeros_like(values), first), None, None
+    bars = mix_transpose(values, weights, num_valid, list(mixed_bar), jnp.zeros_like(values), first)
+    return *bars[:2], None, None
 
 
 mix.defvjp(_mix_forward, _mix_backward)
@@ -266,7 +275,8 @@ def mix_transpose(
     mixed_bar: Sequence[Float[Array, "*batch D"]],
     values_bar: Float[Array, "M *batch D"],
     first: int | Int[Array, ""] = 0,
-) -> tuple[Float[Array, "M *batch D"], Float[Array, "N S *batch"]]:
+    through_weights: Callable[[Int[Array, ""], Array, Array], tuple[Array, PyTree]] = lambda *_: (0, ()),
+) -> tuple[Float[Array, "M *batch D"], Float[Array, "N S *batch"], PyTree]:
     """The backward pass of `mix`, added into `values_bar` in one pass over the valid slots.
 
     Args:
@@ -276,26 +286,33 @@ def mix_transpose(
       mixed_bar: the cotangent of each of the S sums.
       values_bar: what to add to.
       first: as in `mix`.
+      through_weights: where the weights depend on the values, their backward pass in the same go: from a source's
+        number, its value in float32 and the cotangent of its weights, those of (the value, anything else).
 
     Returns:
-      The updated cotangent of the values, and the cotangent of the weights.
+      The updated cotangent of the values, the cotangent of the weights, and the sum of what went to anything else.
     """
 
+    def terms(source):
+        value, weight = wide(slot_at(values, first + source)), slot_at(weights, source)
+        weight_bar = jnp.stack(dots([(bar, value) for bar in mixed_bar]))
+        through, other_bar = through_weights(source, value, weight_bar)
+        return sum(weight[s, ..., None] * bar for s, bar in enumerate(mixed_bar)) + through, weight_bar, other_bar
+
     def add(source, carry):
-        values_bar, weights_bar, _ = carry
-        slot = first + source
-        value, weight = wide(slot_at(values, slot)), slot_at(weights, source)
-        weight_bar = jnp.stack(_dots([(bar, value) for bar in mixed_bar]))
-        new = sum(weight[s, ..., None] * bar for s, bar in enumerate(mixed_bar))
-        new = (wide(slot_at(values_bar, slot)) + new).astype(values_bar.dtype)
+        values_bar, weights_bar, others_bar, _ = carry
+        new, weight_bar, other_bar = terms(source)
+        new = (wide(slot_at(values_bar, first + source)) + new).astype(values_bar.dtype)
         return (
-            jax.lax.dynamic_update_index_in_dim(values_bar, new, slot, 0),
+            jax.lax.dynamic_update_index_in_dim(values_bar, new, first + source, 0),
             jax.lax.dynamic_update_index_in_dim(weights_bar, weight_bar, source, 0),
+            jax.tree.map(jnp.add, others_bar, other_bar),
             new,  # carried along so that XLA on CPU computes it in parallel, and not inside the serial update
         )
 
-    carry = (values_bar, jnp.zeros_like(weights), jnp.zeros_like(values_bar[0]))
-    return jax.lax.fori_loop(0, num_valid, add, carry)[:2]
+    others_bar = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(terms, 0)[2])
+    carry = (values_bar, jnp.zeros_like(weights), others_bar, jnp.zeros_like(values_bar[0]))
+    return jax.lax.fori_loop(0, num_valid, add, carry)[:3]
 
 
 def slot_at(slots: PyTree, index: int | Int[Array, ""]) -> PyTree:
@@ -303,7 +320,7 @@ def slot_at(slots: PyTree, index: int | Int[Array, ""]) -> PyTree:
     return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), slots)
 
 
-def _dots(pairs):
+def dots(pairs):
     """Inner products over the last axis as one variadic reduction, which reads what the pairs share once.
 
     XLA on CPU runs the einsum half as fast, and separate sums five times slower.
@@ -335,7 +352,7 @@ def _merge_backward(saved, mixed_bar):
     maximum, denominator, sources, logits, mixed = saved
     inter, weights = _merge_weights(maximum, denominator, logits)
     mixed_bar = wide(mixed_bar)
-    mean, *source_dots = _dots([(mixed_bar, wide(x)) for x in (mixed, *sources)])
+    mean, *source_dots = dots([(mixed_bar, wide(x)) for x in (mixed, *sources)])
     state_bar = State(inter[..., None] * mixed_bar, jnp.zeros_like(maximum), -inter * mean)
     sources_bar = tuple(
         (w[..., None] * mixed_bar).astype(source.dtype) for w, source in zip(weights, sources, strict=True)

@@ -104,9 +104,18 @@ class Rule(Protocol):
         """What the block's sites take from the first `place.num_valid` slots of the bank: the block's view."""
 
     def read_transpose(
-        self, sites: PyTree, bank: PyTree, place: Place, view: PyTree, view_bar: PyTree, bank_bar: PyTree
-    ) -> tuple[PyTree, PyTree]:
-        """The cotangents that `view_bar` sends through `read`: (that of `sites`, that of the bank plus `bank_bar`)."""
+        self,
+        sites: PyTree,
+        bank: PyTree,
+        place: Place,
+        view: PyTree,
+        view_bar: PyTree,
+        bank_bar: Float[Array, "N *batch D"] | None,
+    ) -> tuple[PyTree, Float[Array, "N *batch D"] | None]:
+        """The cotangents that `view_bar` sends through `read`: (that of `sites`, that of the sources plus `bank_bar`).
+
+        Whatever a bank has beside its sources was computed from them and `sites`; this is its backward pass too.
+        """
 
     def block(
         self, sites: PyTree, stream: PyTree, view: PyTree, place: Place, sublayers: Sequence[Sublayer]
@@ -116,10 +125,8 @@ class Rule(Protocol):
         A slot is one pytree. They are in order, and the newest source comes after them.
         """
 
-    def slot(
-        self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""], known: PyTree = None
-    ) -> PyTree:
-        """Source `index` as a slot of the bank; `known`: that slot, if only its backward pass is asked for."""
+    def slot(self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> PyTree:
+        """Source `index` as a slot of the bank."""
 
     def num_appended(self, num_sites: int) -> int:
         """How many sources a block of `num_sites` sublayers leaves, the newest among them."""
@@ -139,12 +146,9 @@ class Rule(Protocol):
         """What of a bank beside its sources is worth keeping until a backward pass; arrays [..., *batch]."""
 
     def enter_transpose(
-        self, sites: PyTree, bank: PyTree, place: Place, own_bar: PyTree, bank_bar: PyTree
+        self, sites: PyTree, place: Place, own_bar: PyTree, bank_bar: Float[Array, "N *batch D"]
     ) -> tuple[PyTree, Float[Array, "N *batch D"]]:
-        """The cotangents that those of what `enter` returned send through it: (that of `sites`, that of the sources).
-
-        The bank may hold more sources by now.
-        """
+        """From the cotangents of parameters and sources inside the part: (that of `sites`, that of the sources)."""
 
     def sources(self, bank: PyTree) -> Float[Array, "*slots_batch D"]:
         """The inverse: a bank's bare sources, or the one of a slot."""
@@ -292,19 +296,11 @@ def depth_scan(
         places, sites_bar = places_of(numbers, site), jax.tree.map(jnp.zeros_like, sites)
         if part is None:
             stream_bar, newest_bar, bank_bar, reports_bar = cotangents
+            bank_bar = rule.sources(bank_bar)
             stacks_bar, put = jax.tree.map(jnp.zeros_like, stacks), _put
         else:
-            stream_bar, values_bar, reports_bar, stacks_bar, _ = cotangents
-            (bank_bar,), put = jax.vjp(rule.sources, bank)[1](values_bar), _add
-            newest_bar = None
-
-        def slot_transpose(slot_bar, place, index, sites_bar):
-            """From the cotangent of a source's slot: (that of the source, that of the parameters plus `sites_bar`)."""
-            slot = slot_at(bank, place.slot(index))
-            again = lambda sites, source: rule.slot(sites, source, index, slot)  # noqa: E731
-            _, pullback = jax.vjp(again, sites, rule.sources(slot))
-            own_bar, source_bar = pullback(slot_bar)
-            return source_bar, jax.tree.map(jnp.add, sites_bar, own_bar)
+            stream_bar, bank_bar, reports_bar, stacks_bar, _ = cotangents
+            newest_bar, put = None, _add
 
         for index, segment in reversed(list(enumerate(segments))):
 
@@ -315,20 +311,18 @@ def depth_scan(
                 parameters = _take(stacks, segment.kinds, slots)
                 view = rule.read(sites, bank, place)  # of the final bank, which is not read from num_valid on
                 if part and appended[index]:
-                    *new_bar, slot_bar = new_bar
-                    last = place.num_valid + appended[index] - 1
-                    newest_bar, sites_bar = slot_transpose(slot_bar, place, last, sites_bar)
+                    *new_bar, newest_bar = new_bar
                 new = _slots_from(place.slot(place.num_valid), len(new_bar), bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
-                out_bar = stream_bar, tuple(new_bar), newest_bar, report_bar
+                slots_bar = jax.vjp(lambda new: [rule.sources(slot) for slot in new], new)[1](list(new_bar))
+                out_bar = stream_bar, *slots_bar, newest_bar, report_bar
                 site_bar, stream_bar, view_bar, parameters_bar = pullback(out_bar)
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 sites_bar = jax.tree.map(lambda *own: sum(own), sites_bar, site_bar, read_bar)
                 # Of the block before this one, and read after the update in place: a block that read its own slots at
                 # its start would make XLA copy the cotangent of the bank.
                 if part is None and bank is not None:
-                    last = place.num_valid - 1
-                    newest_bar, sites_bar = slot_transpose(slot_at(bank_bar, last), place, last, sites_bar)
+                    newest_bar = slot_at(bank_bar, place.num_valid - 1)
                 new_bar = _slots_from(place.slot(place.num_valid - appended[index]), settled[index], bank_bar)
                 stacks_bar = put(stacks_bar, segment.kinds, slots, parameters_bar)
                 newest_bar = None if part else newest_bar
@@ -348,8 +342,8 @@ def depth_scan(
         # What was appended had taken the place of what was there.
         place, zero = place_of(numbers), jax.tree.map(lambda x: jnp.zeros_like(x[0]), bank_bar)
         bank_bar = put_slots(bank_bar, [zero] * total, place.slot(place.num_valid))
-        sites_bar, values_bar = rule.enter_transpose(all_sites, bank, place, sites_bar, bank_bar)
-        return stacks_bar, sites_bar, stream_bar, None, values_bar, None
+        sites_bar, bank_bar = rule.enter_transpose(all_sites, place, sites_bar, bank_bar)
+        return stacks_bar, sites_bar, stream_bar, None, bank_bar, None
 
     run.defvjp(run_forward, run_backward)
     return run(stacks, sites, stream, newest, sources, (context, numbers))

@@ -42,7 +42,7 @@ class StreamRule:
             stream = self.step(sites, place.site + i, stream, sublayer)
         return stream, (), None
 
-    def slot(self, sites: PyTree, source: None, index: int | Int[Array, ""], known: None = None) -> None:
+    def slot(self, sites: PyTree, source: None, index: int | Int[Array, ""]) -> None:
         """There is no bank."""
 
     def num_appended(self, num_sites: int) -> int:
@@ -57,7 +57,7 @@ class StreamRule:
         """Parameters and sites as they are; there is no bank."""
         return sites, None, place.site
 
-    def enter_transpose(self, sites: PyTree, bank: None, place: Place, own_bar: PyTree, bank_bar: None):
+    def enter_transpose(self, sites: PyTree, place: Place, own_bar: PyTree, bank_bar: None):
         """As they are, too."""
         return own_bar, None
 

@@ -68,6 +68,26 @@ def to_weights(logits: Float[Array, "N S *batch"], num_valid: int | Int[Array, "
     return jax.nn.sigmoid(jnp.where(valid, logits, -jnp.inf)), zeros, zeros + 1
 
 
+def weights_transpose(
+    weights: Float[Array, "..."],
+    weights_bar: Float[Array, "..."],
+    offset: Float[Array, "S *batch"],
+    options: Options,
+) -> Float[Array, "..."]:
+    """From the cotangents of the weights of a source, or of more along a leading axis, those of their logits.
+
+    Args:
+      weights: of `to_weights`; divided by their sum where the softmax is over these sources alone.
+      weights_bar: their cotangents.
+      offset: for a softmax, what every cotangent is taken relative to: their weighted mean where the weights have been
+        divided, else the cotangent of their sum with a minus. It has no part in a sigmoid.
+      options: `weights` is read.
+    """
+    if options.weights == "softmax":
+        return weights * (weights_bar - offset)
+    return weights * (1 - weights) * weights_bar
+
+
 def merge_sigmoid(
     state: State, sources: Sequence[Float[Array, "*batch D"]], logits: Float[Array, "K *batch"]
 ) -> Float[Array, "*batch D"]:

@@ -352,7 +352,7 @@ class _Engine:
 
         def back(h_bar: Array) -> Any:
             own_bar, norm_bar, newest_bar, bank_bar, stream_bar = pullback(h_bar)
-            sites_bar, values_bar = self.rule.enter_transpose(sites, bank, place, own_bar, bank_bar)
+            sites_bar, values_bar = self.rule.enter_transpose(sites, place, own_bar, self.rule.sources(bank_bar))
             return sites_bar, norm_bar, newest_bar, values_bar, stream_bar
 
         return h, back
