@@ -46,8 +46,9 @@ def validate(config: Config) -> None:
         if not 0 <= getattr(optimizer, key) < 1:
             raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)} must be at least 0 and below 1")
     _positive("metrics", config.metrics, "every")
-    _not_negative("optimizer", optimizer, "final_learning_rate", "warmup_steps", "weight_decay", "depth_weight_decay")
-    _not_negative("optimizer", optimizer, "depth_query_lr_multiplier", "depth_key_scale_lr_multiplier")
+    _not_negative("optimizer", optimizer, "final_learning_rate", "warmup_steps", "weight_decay")
+    for group in ("depth_query", "depth_key_scale", "depth_other"):
+        _not_negative("optimizer", optimizer, f"{group}_weight_decay", f"{group}_lr_multiplier")
     _not_negative("training", training, "z_loss", "router_balance_loss", "router_z_loss", "router_bias_rate")
     if not 0 <= training.router_bias_until <= 1:
         raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")

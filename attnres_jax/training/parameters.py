@@ -40,6 +40,14 @@ DEPTH_GROUPS = {
 """The same for a depth rule's parameters, by their own names: what says where a site looks is its query."""
 
 
+DEPTH_SETTINGS = {
+    "depth_queries": "depth_query",
+    "depth_key_scales": "depth_key_scale",
+    "depth_other": "depth_other",
+}
+"""How the optimizer's settings of these groups begin."""
+
+
 def parameter_group(name: str) -> str:
     """embedding, head, attention, mlp, experts, router, norms, depth_queries, depth_key_scales or depth_other.
 
@@ -58,21 +66,17 @@ def parameter_group(name: str) -> str:
 
 
 def weight_decay(name: str, config: OptimizerConfig) -> float:
-    """The decay of a parameter: of matrices, and at a rate of their own of a depth rule's parameters."""
+    """The decay of a parameter: of matrices, and at rates of their own of a depth rule's parameters."""
     if name.startswith("sites."):
-        return config.depth_weight_decay
+        return getattr(config, f"{DEPTH_SETTINGS[parameter_group(name)]}_weight_decay")
     return config.weight_decay if name.rpartition(".")[2] in MATRICES else 0.0
 
 
 def learning_rate_multiplier(name: str, config: OptimizerConfig) -> float:
     """What the learning rate of a parameter is multiplied with."""
-    if not name.startswith("sites."):
-        return 1.0
-    multipliers = {
-        "depth_queries": config.depth_query_lr_multiplier,
-        "depth_key_scales": config.depth_key_scale_lr_multiplier,
-    }
-    return multipliers.get(parameter_group(name), 1.0)
+    if name.startswith("sites."):
+        return getattr(config, f"{DEPTH_SETTINGS[parameter_group(name)]}_lr_multiplier")
+    return 1.0
 
 
 def group_norms(prefix: str, tree: Any) -> dict[str, Float[Array, ""]]:
@@ -90,7 +94,11 @@ def count_parameters(model: Any) -> int:
 
 
 def parameter_table(model: Any, config: OptimizerConfig) -> str:
-    """A text table: name, group, shape, count, weight decay, multiplier of the learning rate; last the total."""
+    """A text table: name, group, shape, count, weight decay, multiplier of the learning rate; then the total.
+
+    Below it are the settings of groups of which the model has no parameter: they are no mistake where several depth
+    rules are run under the same ones, but do nothing for this one.
+    """
     rows = [("parameter", "group", "shape", "count", "decay", "lr")]
     for name, leaf in named_leaves(model).items():
         shape = " x ".join(map(str, leaf.shape))
@@ -105,4 +113,9 @@ def parameter_table(model: Any, config: OptimizerConfig) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    for group, prefix in DEPTH_SETTINGS.items():
+        for key in (f"{prefix}_weight_decay", f"{prefix}_lr_multiplier"):
+            value = getattr(config, key)
+            if value != getattr(OptimizerConfig, key) and group not in {row[1] for row in rows}:
+                lines.append(f"optimizer.{key}={value:g} changes nothing here: the model has no {group}")
     return "\n".join(lines)

@@ -102,13 +102,21 @@ def test_updates_are_adamw():
 def test_depth_parameters_have_a_decay_and_learning_rates_of_their_own(model):
     plain = OptimizerConfig(learning_rate=0.1, weight_decay=0.2)
     own = dataclasses.replace(
-        plain, depth_weight_decay=0.3, depth_query_lr_multiplier=0.5, depth_key_scale_lr_multiplier=0.0
+        plain,
+        depth_query_weight_decay=0.3,
+        depth_query_lr_multiplier=0.5,
+        depth_key_scale_weight_decay=0.4,
+        depth_key_scale_lr_multiplier=0.25,
+        depth_other_weight_decay=7.0,
+        depth_other_lr_multiplier=7.0,
     )
     gradients = jax.tree.map(jnp.ones_like, model)
     base, changed = (named_leaves(updates_of(config, gradients, model)) for config in (plain, own))
-    # Adam's first update is -learning_rate * sign, decay 0.3 of a half beside it, the multiplier on both.
+    # Adam's first update is -learning_rate * sign, decay of a half beside it, the multiplier on both.
     np.testing.assert_allclose(changed["sites.query"], 0.5 * (base["sites.query"] - 0.1 * 0.3 * 0.5), rtol=1e-6)
-    assert not np.any(changed["sites.key_scale"])
+    np.testing.assert_allclose(
+        changed["sites.key_scale"], 0.25 * (base["sites.key_scale"] - 0.1 * 0.4 * 0.5), rtol=1e-6
+    )
     for name in base.keys() - {"sites.query", "sites.key_scale"}:
         np.testing.assert_array_equal(changed[name], base[name])
 

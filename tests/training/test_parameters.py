@@ -60,3 +60,10 @@ def test_table_names_shapes_counts_and_decay():
     assert rows["sites.query"][0].split()[-2:] == ["0", "x0.5"]
     assert rows["total"] == [f"{count_parameters(model):,}"]
     assert count_parameters(model) == sum(int(line.split()[-3].replace(",", "")) for line in lines[1:-1])
+
+
+def test_table_says_which_settings_change_nothing():
+    settings = OptimizerConfig(depth_key_scale_lr_multiplier=2.0, depth_other_weight_decay=0.1)
+    *_, total, note = parameter_table(shapes(), settings).splitlines()
+    assert total.startswith("total")
+    assert note == "optimizer.depth_other_weight_decay=0.1 changes nothing here: the model has no depth_other"
