@@ -3,10 +3,13 @@
     pip install -e ".[tpu]"
     python benchmarks/tpu_memory.py                        # width 512, 16 layers, N=8, 1024 tokens, float32
     python benchmarks/tpu_memory.py --width=2048 --layers=32 --tokens=8192 --dtype=bfloat16
+    python benchmarks/tpu_memory.py --scoped_vmem_kib=129024      # with nearly no array in the chip's own memory
 
 No TPU is needed: libtpu compiles for the topologies named and reports the memory of a device. The baseline keeps the
 input of every block and recomputes the rest (`--remat=full`), as the other arms do; `+ [B,T,D]` is what an arm needs
-beyond it, in activations of the model's dtype, beside the bound of N + 4.
+beyond it, in activations of the model's dtype, beside the bound of N + 4. Arrays that the compiler puts into the chip's
+own memory are not in these bytes. What is alive at the peak, XLA writes down by itself:
+`XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text"`, files `*live-range.txt` and `*buffer-assignment.txt`.
 """
 
 import os
@@ -27,6 +30,7 @@ from attnres_jax.cli import launch
 from attnres_jax.errors import ConfigError
 
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5p:2x2x1", "v6e:2x2"], "TPU slices; one device of each is used.")
+SCOPED_VMEM = flags.DEFINE_integer("scoped_vmem_kib", None, "Of the chip's own memory, what no array may be put into.")
 
 
 def main(arguments: list[str], overrides: list[str]) -> None:
@@ -36,6 +40,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         flags.FLAGS.remat = "full"
     arms = step.ARMS.value if flags.FLAGS["arms"].present else ["residual", "block", "full"]
     blocks, figures = int(step.BLOCKS.value[0]), []
+    options = {"xla_tpu_scoped_vmem_limit_kib": str(SCOPED_VMEM.value)} if SCOPED_VMEM.value else {}
     activation = step.TOKENS.value * step.WIDTH.value * jnp.dtype(step.DTYPE.value).itemsize
     print(
         f"width {step.WIDTH.value}, {step.LAYERS.value} layers, N={blocks}, {step.TOKENS.value} tokens, "
@@ -51,7 +56,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         base = None
         for arm in arms:
             lowered = step.lower(arm, step.LAYERS.value, 2 * step.LAYERS.value // blocks, device)
-            memory = lowered.compile().memory_analysis()
+            memory = lowered.compile(compiler_options=options).memory_analysis()
             base = memory.temp_size_in_bytes if base is None else base
             extra = (memory.temp_size_in_bytes - base) / activation
             print(

@@ -34,8 +34,12 @@ def read_config_json(directory: Path) -> tuple[Family, ModelConfig, dict[str, An
         raise InteropError(f"{path}: {error}") from None
 
 
-def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Family, dict[str, Any]]:
+def config_json_of(
+    config: ModelConfig, like: Path | None = None, quantised: bool = False
+) -> tuple[Family, dict[str, Any]]:
     """(family, `config.json`) of a model; with `like`, that directory's file under the model's depth rule.
+
+    What it says of quantised tensors stays where they are to be `quantised` again.
 
     Raises:
       InteropError: if no family can hold the model, or `like` describes another one.
@@ -48,7 +52,7 @@ def config_json_of(config: ModelConfig, like: Path | None = None) -> tuple[Famil
         differing = same_function(there, config)
         if differing:
             raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
-        return family, _as_written(with_depth(family, values, config))
+        return family, _as_written(with_depth(family, values, config), quantised)
     except ConfigError as error:
         raise InteropError(str(error)) from None
 
@@ -84,12 +88,12 @@ def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str
     return kept | depth
 
 
-def _as_written(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `config.json` for tensors that are written as plain numbers, and without layers of multi-token prediction."""
+def _as_written(values: Mapping[str, Any], quantised: bool) -> dict[str, Any]:
+    """A `config.json` for the tensors that are written: none of multi-token prediction, and plain ones or quantised."""
     kept = {
-        key: _as_written(value) if isinstance(value, Mapping) else value
+        key: _as_written(value, quantised) if isinstance(value, Mapping) else value
         for key, value in values.items()
-        if key != "quantization_config"
+        if quantised or key != "quantization_config"
     }
     return kept | ({FURTHER: 0} if kept.get(FURTHER) else {})
 

@@ -96,6 +96,7 @@ def save_pretrained(
     directory: Path | str,
     *,
     like: Path | str | None = None,
+    quantised: bool = False,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     progress: bool = False,
@@ -107,7 +108,9 @@ def save_pretrained(
       model: of one of `FAMILIES`, under `residual` or `block`.
       directory: new or empty.
       like: the directory that the model was loaded from: its dtypes, its tokenizer and the settings that no model
-        config holds are kept. Tensors that were quantised there are written as bfloat16.
+        config holds are kept. Tensors that were quantised there are written as bfloat16, unless `quantised`.
+      quantised: tensors that are quantised in `like` are again, in its format: the same bytes where nothing has
+        changed, the nearest numbers elsewhere, which of a trained model are not quite the same.
       dtype: of the tensors, in the place of the parameters' own.
       max_shard_bytes: size of a file.
       progress: shows a bar.
@@ -118,11 +121,14 @@ def save_pretrained(
     """
     like = None if like is None else local_directory(like)
     _check(model.config, dtype)
-    family, values = config_json_of(model.config, like)
+    family, values = config_json_of(model.config, like, quantised)
     leaves = named_leaves(model)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         raise InteropError("parameters are spread over several processes; gather them before saving")
-    there = {} if like is None else TensorStore(like).entries
+    store = None if like is None else TensorStore(like)
+    there = store.entries if store else {}
+    if quantised and not (store and store.quantised):
+        raise InteropError("quantised=True needs like=DIRECTORY, of a checkpoint with quantised tensors")
     table = TABLES[family.model_type]
     rows = fit(bind(table, leaves, model.plan()), there)
     if head := tied_head(table, rows, there):  # stored there beside the embedding: the same bytes again
@@ -134,8 +140,22 @@ def save_pretrained(
     sizes = {name: math.prod(b.shape) * _numpy(dtypes[name]).itemsize for name, b in bindings.items()}
     part = _parts(leaves)
 
+    def plain(name: str) -> np.ndarray:
+        return to_theirs(part(bindings[name]), bindings[name])
+
+    of_two = {}  # from either part of a quantised tensor to the tensor
+    if quantised:
+        of_two = {half: name for name in bindings if name in store.quantised for half in store.quantised[name][:2]}
+        stored = {half: store.stored[half].end - store.stored[half].begin for half in of_two}
+        sizes = {name: size for name, size in sizes.items() if name not in store.quantised} | stored
+    halves: dict[str, np.ndarray] = {}
+
     def make(name: str) -> np.ndarray:
-        return to_theirs(part(bindings[name]), bindings[name]).astype(_numpy(dtypes[name]))
+        if name not in of_two:
+            return plain(name).astype(_numpy(dtypes[name]))
+        if name not in halves:
+            halves.update(store.quantise(of_two[name], plain(of_two[name])))
+        return halves.pop(name)
 
     with new_directory(Path(directory)) as temporary:
         write_config_json(temporary, values)

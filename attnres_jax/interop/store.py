@@ -48,10 +48,10 @@ class TensorStore:
             self.stored |= entries
             self.files |= dict.fromkeys(entries, file)
         self._open: dict[str, Any] = {}
-        self._quantised = quantised(self.stored)
+        self.quantised = quantised(self.stored)
         self.entries = dict(self.stored)
         """As they can be read: a quantised one with its scales is one tensor."""
-        for name, parts in self._quantised.items():
+        for name, parts in self.quantised.items():
             del self.entries[parts.values], self.entries[parts.scales]
             self.entries[name] = Entry("BF16", parts.shape, 0, 0)
 
@@ -69,11 +69,23 @@ class TensorStore:
     def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
         """A tensor, or the part of it at `index`: only its bytes are read. A quantised one comes as float32."""
         self.dtype(name)
-        if name not in self._quantised:
+        if name not in self.quantised:
             return self._read(name, index)
-        values, scales, shape, dequantise = self._quantised[name]
+        values, scales, shape, dequantise, _ = self.quantised[name]
         parts = [range(size)[at] for size, at in itertools.zip_longest(shape, index or (), fillvalue=slice(None))]
         return dequantise(partial(self._read, values), partial(self._read, scales), *parts)
+
+    def quantise(self, name: str, numbers: np.ndarray) -> dict[str, np.ndarray]:
+        """Other numbers in the format of a quantised tensor: its two parts by name.
+
+        Raises:
+          InteropError: if a number is not finite, of which no scale is the largest.
+        """
+        parts = self.quantised[name]
+        if not np.isfinite(numbers.astype(np.float32)).all():
+            raise InteropError(f"tensor {name!r} has numbers that are not finite, and cannot be quantised")
+        new = parts.quantise(numbers, self._read(parts.values, None), self._read(parts.scales, None))
+        return dict(zip((parts.values, parts.scales), new, strict=True))
 
     def _read(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:
         safetensors, file, entry = need("safetensors"), self.files[name], self.stored[name]

@@ -2,7 +2,7 @@
 
 The settings of the text model lie in `text_config`; the vision tower is not read. The weights come under the Kimi K3
 License (https://huggingface.co/moonshotai/Kimi-K3), which is not this package's. The published experts are MXFP4:
-they are dequantised as they are read, and written back as what the parameters are.
+they are dequantised as they are read, and written as what the parameters are or, if asked for, in MXFP4 again.
 """
 
 import dataclasses

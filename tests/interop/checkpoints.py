@@ -48,6 +48,19 @@ def tensors(directory):
     return {name: x for path in sorted(Path(directory).glob("*.safetensors")) for name, x in load_file(path).items()}
 
 
+def stored(directory):
+    """The same of numbers that NumPy does not have: (dtype, shape, bytes)."""
+    found = {}
+    for path in Path(directory).glob("*.safetensors"):
+        data = path.read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, entry in json.loads(data[8:start]).items():
+            if name != "__metadata__":
+                begin, end = (start + offset for offset in entry["data_offsets"])
+                found[name] = entry["dtype"], entry["shape"], data[begin:end]
+    return found
+
+
 def rewrite(directory, change):
     """Changes the tensors of a directory of one file."""
     path = directory / "model.safetensors"

@@ -291,6 +291,7 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     full = dataclasses.replace(TINY, depth=DepthConfig(rule="full", block_size=2))
     attempt("model.depth.rule='full' with block_size=2", drawn(full))
     attempt("is another model: it differs in", like=FIXTURES / "qwen3")
+    attempt("quantised=True needs like=DIRECTORY, of a checkpoint with quantised tensors", quantised=True)
     (tmp_path / "used").mkdir()
     (tmp_path / "used" / "file").write_text("")
     attempt("is not an empty directory", target=tmp_path / "used")
