@@ -30,7 +30,9 @@ from attnres_jax.cli import launch
 from attnres_jax.errors import ConfigError
 
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5p:2x2x1", "v6e:2x2"], "TPU slices; one device of each is used.")
-SCOPED_VMEM = flags.DEFINE_integer("scoped_vmem_kib", None, "Of the chip's own memory, what no array may be put into.")
+SCOPED_VMEM = flags.DEFINE_integer(
+    "scoped_vmem_kib", None, "KiB of the chip's own memory that are kept free of arrays."
+)
 
 
 def main(arguments: list[str], overrides: list[str]) -> None:

@@ -47,8 +47,7 @@ def validate(config: Config) -> None:
             raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)} must be at least 0 and below 1")
     _positive("metrics", config.metrics, "every")
     _not_negative("optimizer", optimizer, "final_learning_rate", "warmup_steps", "weight_decay")
-    for group in ("depth_query", "depth_key_scale", "depth_other"):
-        _not_negative("optimizer", optimizer, f"{group}_weight_decay", f"{group}_lr_multiplier")
+    _not_negative("optimizer", optimizer, *(key for key in vars(optimizer) if key.startswith("depth_")))
     _not_negative("training", training, "z_loss", "router_balance_loss", "router_z_loss", "router_bias_rate")
     if not 0 <= training.router_bias_until <= 1:
         raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")

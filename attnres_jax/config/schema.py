@@ -177,19 +177,17 @@ class OptimizerConfig:
     final_learning_rate: float = 3e-4
     warmup_steps: int = 20
     weight_decay: float = 0.1
-    """On matrices only: norms do not decay, and a depth rule's parameters at rates of their own."""
-    depth_query_weight_decay: float = 0.0
-    """On the group `depth_queries` of the parameter table."""
-    depth_key_scale_weight_decay: float = 0.0
-    """On `depth_key_scales`, towards zero."""
-    depth_other_weight_decay: float = 0.0
-    """On `depth_other`: whatever else a depth rule learns, matrix or not."""
+    """On matrices only: norms do not decay, and depth parameters as `depth_weight_decay` says."""
+    depth_weight_decay: float = 0.0
+    """On every parameter of the depth rule, matrix or not."""
+    depth_query_decay_multiplier: float = 1.0
+    """Of `depth_weight_decay` for depth queries. 0: none."""
+    depth_key_scale_decay_multiplier: float = 1.0
+    """The same for depth key scales, which decay towards zero, where no source is told from another."""
     depth_query_lr_multiplier: float = 1.0
-    """The learning rate (and decay) of `depth_queries` over everybody else's."""
+    """The learning rate (and decay) of depth queries over everybody else's."""
     depth_key_scale_lr_multiplier: float = 1.0
-    """The same of `depth_key_scales`. 0 leaves them as they are."""
-    depth_other_lr_multiplier: float = 1.0
-    """The same of `depth_other`."""
+    """The same of depth key scales. 0 leaves them as they are."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

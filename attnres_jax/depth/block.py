@@ -12,7 +12,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnres_jax.depth.operator import (
     State,
     dots,
-    known_logits,
     logits_and_rms,
     logits_transpose,
     merge_sources,
@@ -97,7 +96,7 @@ class Block:
         return self.read_bank_transpose(sites, bank, place, own, view, view_bar, bank_bar)
 
     def read_bank_transpose(self, sites, bank: Bank, place: Place, own: Sequence[int], view, view_bar, bank_bar):
-        """The same, of `read_bank`."""
+        """The same, of `read_bank`; of `view`, only what sites without sources of their own have read is needed."""
         known = self.at_sites(bank, place)
         logits, unadjust = jax.vjp(lambda sites: self.adjusted(sites, known.logits, place, own), sites)
         scoring, unslice = jax.vjp(lambda sites: self.scoring(sites, place.site, place.num_sites), sites)
@@ -121,13 +120,13 @@ class Block:
             weights,
             place.num_valid,
             mixed_bar,
-            self.split(bank_bar),
+            bank_bar,
             place.slot(0),
             through_weights,
         )
         adjusted_bar = weights_transpose(weights, weights_bar, offset, self.options)
         sites_bar = jax.tree.map(jnp.add, *unslice(scoring_bar), *unadjust(adjusted_bar))
-        return sites_bar, self.join(values_bar)
+        return sites_bar, values_bar
 
     def block(
         self, sites: Sites, stream: Array | None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]
@@ -170,14 +169,14 @@ class Block:
         return own, Bank(values, *scores), 1
 
     def known(self, bank: Bank, place: Place) -> PyTree:
-        """The logits, if their backward pass can start from them."""
-        if bank.rms is None:
+        """The logits, where they have no axis behind the batch's, as groups of channels have."""
+        if self.grouped:
             return None
         count = len(bank.values) if place.window is None else place.window.size
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, place.slot(0), count), tuple(bank[1:]))
 
     def enter_transpose(self, sites: Sites, place: Place, own_bar: Sites, bank_bar: Array):
-        """The sources' cotangent as it is."""
+        """Each row goes back to its site; the sources' cotangent stays as it is."""
         return *jax.vjp(lambda sites: self.rows(sites, place), sites)[1](own_bar), bank_bar
 
     def rows(self, sites: Sites, place: Place) -> Sites:
@@ -248,7 +247,7 @@ class Block:
         """The last site, over the embedding, all blocks and what was the last partial sum."""
         place, own = Place(bank.logits.shape[1] - 1, len(bank.values), 1), self.split(newest)
 
-        @jax.custom_vjp
+        @jax.custom_vjp  # JAX takes the bank's logits for constants: it would not find their way to sources and queries
         def read(sites: Sites, bank: Bank) -> State:
             return self.read_bank(sites, bank, place, [1])[0]
 
@@ -258,8 +257,8 @@ class Block:
         def read_backward(saved: tuple[Sites, Bank], state_bar: State):
             sites, bank = saved
             zeros = jax.tree.map(jnp.zeros_like, bank)
-            bars = self.read_bank_transpose(sites, bank, place, [1], [None], [state_bar], self.sources(zeros))
-            return bars[0], zeros._replace(values=self.split(bars[1]))
+            bars = self.read_bank_transpose(sites, bank, place, [1], [None], [state_bar], zeros.values)
+            return bars[0], zeros._replace(values=bars[1])
 
         read.defvjp(read_forward, read_backward)
         logits = self.scores(self.scoring(sites, place.site, 1), own, place.num_valid)[0]
@@ -319,13 +318,6 @@ class Block:
             return value_bar, scoring_bar
         value_bar, *scoring_bar = logits_transpose(slot.values, *scoring, slot.rms, slot.logits, logits_bar)
         return value_bar, tuple(scoring_bar)
-
-    def known_scores(self, scoring: PyTree, slot: Bank, index: int | Int[Array, ""], site: int | Int[Array, ""]):
-        """The logits of a slot at the sites of `scoring`, from `site` on; not as constants."""
-        if slot.rms is None:
-            return self.scores(scoring, slot.values, index)[0]
-        logits = jax.lax.dynamic_slice_in_dim(slot.logits, site, len(scoring[0]))
-        return known_logits(slot.values, *scoring, slot.rms, logits)
 
     def at_sites(self, bank: Bank, place: Place) -> Bank:
         """Of the slots in `place.window` the logits at the sites of `place`; the values as they are."""

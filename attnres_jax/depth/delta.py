@@ -40,10 +40,11 @@ class Delta(Full):
         """Phase 2 over the outputs of the own block; each output joins the stream and the bank."""
         slots: list[Bank] = []
         own: list[Bank] = []
+        scoring = self.scoring(sites, place.site, place.num_sites)
         for i, sublayer in enumerate(sublayers):
             if i:
                 slots.append(self.slot(sites, y, place.num_valid + i - 1))
-                own.append(self.own_slot(sites, slots[-1], place, i - 1))
+                own.append(self.own_slot(scoring, slots[-1], place, i - 1))
             y = sublayer((stream + self.mixed(sites, view, place, i, own)).astype(stream.dtype))
             stream = stream + y
         return stream, tuple(slots), y

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PyTree
 
 from attnres_jax.depth.block import Bank, Block
 from attnres_jax.depth.operator import State
@@ -22,17 +24,33 @@ class Full(Block):
         """Phase 2 over the outputs of the own block, which all join the bank."""
         slots: list[Bank] = []
         own: list[Bank] = []
+        scoring = self.scoring(sites, place.site, place.num_sites)
         for i, sublayer in enumerate(sublayers):
             if i:
                 slots.append(self.slot(sites, newest, place.num_valid + i - 1))
-                own.append(self.own_slot(sites, slots[-1], place, i - 1))
+                own.append(self.own_slot(scoring, slots[-1], place, i - 1))
             newest = self.join(self.run(sublayer, self.mixed(sites, view, place, i, own), place, i))
         return None, tuple(slots), newest
 
-    def own_slot(self, sites: Sites, slot: Bank, place: Place, i: int) -> Bank:
-        """The output of the block's sublayer `i` with the logits of the block's sites alone, which are no constants."""
-        scoring = self.scoring(sites, place.site, place.num_sites)
-        return slot._replace(logits=self.known_scores(scoring, slot, place.num_valid + i, place.site))
+    def own_slot(self, scoring: PyTree, slot: Bank, place: Place, i: int) -> Bank:
+        """The output of the block's sublayer `i` with the logits of the block's sites alone, differentiable again."""
+        slot = slot._replace(logits=jax.lax.dynamic_slice_in_dim(slot.logits, place.site, place.num_sites))
+        return slot._replace(logits=self.known_scores(scoring, slot, jnp.asarray(place.num_valid + i)))
+
+    def known_scores(self, scoring: PyTree, slot: Bank, index: Int[Array, ""]) -> Float[Array, "S *batch"]:
+        """A slot's logits as they are, with the backward pass of `scores`."""
+
+        @jax.custom_vjp
+        def known(scoring: PyTree, slot: Bank, index: Int[Array, ""]) -> Array:
+            return slot.logits
+
+        def backward(saved: tuple[PyTree, Bank, Array], logits_bar: Array) -> tuple[PyTree, Bank, None]:
+            scoring, slot, index = saved
+            value_bar, scoring_bar = self.scores_transpose(scoring, slot, index, logits_bar)
+            return scoring_bar, jax.tree.map(jnp.zeros_like, slot)._replace(values=value_bar), None
+
+        known.defvjp(lambda *inputs: (known(*inputs), inputs), backward)
+        return known(scoring, slot, index)
 
     def mixed(self, sites: Sites, view: tuple[State, ...], place: Place, i: int, own: Sequence[Bank]):
         """What the block's site `i` reads: its share of the bank, and the outputs of its own block so far."""

@@ -187,23 +187,6 @@ def logits_transpose(
 logits_and_rms.defvjp(_logits_forward, lambda eps, saved, bars: logits_transpose(*saved, bars[0]))
 
 
-@jax.custom_vjp
-def known_logits(
-    sources: Float[Array, "*batch D"],
-    queries: Float[Array, "S D"],
-    key_scales: Float[Array, "S D"],
-    rms: Float[Array, "*batch"],
-    logits: Float[Array, "S *batch"],
-) -> Float[Array, "S *batch"]:
-    """`logits` as they are, which `logits_and_rms` has given before, for their backward pass alone."""
-    return logits
-
-
-known_logits.defvjp(
-    lambda *inputs: (inputs[-1], inputs), lambda saved, logits_bar: (*logits_transpose(*saved, logits_bar), None, None)
-)
-
-
 def _folded(queries, key_scales, dtype):
     """Only the product enters: w . (g * v) = (w * g) . v; wide also where both are kept in bfloat16."""
     return queries.astype(dtype) * key_scales.astype(dtype)
@@ -273,10 +256,10 @@ def mix_transpose(
     weights: Float[Array, "N S *batch"],
     num_valid: int | Int[Array, ""],
     mixed_bar: Sequence[Float[Array, "*batch D"]],
-    values_bar: Float[Array, "M *batch D"],
+    values_bar: Float[Array, "M ..."],
     first: int | Int[Array, ""] = 0,
     through_weights: Callable[[Int[Array, ""], Array, Array], tuple[Array, PyTree]] = lambda *_: (0, ()),
-) -> tuple[Float[Array, "M *batch D"], Float[Array, "N S *batch"], PyTree]:
+) -> tuple[Float[Array, "M ..."], Float[Array, "N S *batch"], PyTree]:
     """The backward pass of `mix`, added into `values_bar` in one pass over the valid slots.
 
     Args:
@@ -284,7 +267,7 @@ def mix_transpose(
       weights: as in `mix`.
       num_valid: as in `mix`.
       mixed_bar: the cotangent of each of the S sums.
-      values_bar: what to add to.
+      values_bar: what to add to; channels may be cut into groups in one and not in the other.
       first: as in `mix`.
       through_weights: where the weights depend on the values, their backward pass in the same go: from a source's
         number, its value in float32 and the cotangent of its weights, those of (the value, anything else).
@@ -302,6 +285,7 @@ def mix_transpose(
     def add(source, carry):
         values_bar, weights_bar, others_bar, _ = carry
         new, weight_bar, other_bar = terms(source)
+        new = new.reshape(values_bar.shape[1:])
         new = (wide(slot_at(values_bar, first + source)) + new).astype(values_bar.dtype)
         return (
             jax.lax.dynamic_update_index_in_dim(values_bar, new, first + source, 0),

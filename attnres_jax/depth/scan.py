@@ -114,7 +114,7 @@ class Rule(Protocol):
     ) -> tuple[PyTree, Float[Array, "N *batch D"] | None]:
         """The cotangents that `view_bar` sends through `read`: (that of `sites`, that of the sources plus `bank_bar`).
 
-        Whatever a bank has beside its sources was computed from them and `sites`; this is its backward pass too.
+        Whatever a bank has beside its sources was computed from them and `sites`: its backward pass is done here, too.
         """
 
     def block(
@@ -126,7 +126,7 @@ class Rule(Protocol):
         """
 
     def slot(self, sites: PyTree, source: Float[Array, "*batch D"], index: int | Int[Array, ""]) -> PyTree:
-        """Source `index` as a slot of the bank."""
+        """Source `index` as a slot of the bank. What it has beside the source is a constant to gradients."""
 
     def num_appended(self, num_sites: int) -> int:
         """How many sources a block of `num_sites` sublayers leaves, the newest among them."""
@@ -151,7 +151,10 @@ class Rule(Protocol):
         """From the cotangents of parameters and sources inside the part: (that of `sites`, that of the sources)."""
 
     def sources(self, bank: PyTree) -> Float[Array, "*slots_batch D"]:
-        """The inverse: a bank's bare sources, or the one of a slot."""
+        """The inverse of `enter`: a bank's bare sources, or the one of a slot.
+
+        Also of a cotangent of the same form, so that it may drop and reshape, but not compute.
+        """
 
 
 def depth_scan(
@@ -168,7 +171,7 @@ def depth_scan(
     part: Part | None = None,
     sources: Float[Array, "M *batch D"] | None = None,
 ) -> tuple[PyTree, ...]:
-    """Runs all blocks of all segments. Differentiable in everything but `context`.
+    """Runs all blocks of all segments. Differentiable in everything but `context`; of the bank, in its sources.
 
     Args:
       rule: the depth rule.
@@ -314,8 +317,9 @@ def depth_scan(
                     *new_bar, newest_bar = new_bar
                 new = _slots_from(place.slot(place.num_valid), len(new_bar), bank)
                 pullback = structures[index].restore(kept, (sites, view, parameters, context, new))
-                slots_bar = jax.vjp(lambda new: [rule.sources(slot) for slot in new], new)[1](list(new_bar))
-                out_bar = stream_bar, *slots_bar, newest_bar, report_bar
+                # From cotangents of sources to those of slots: zeros for what is beside the source.
+                (slots_bar,) = jax.vjp(lambda new: [rule.sources(slot) for slot in new], new)[1](list(new_bar))
+                out_bar = stream_bar, slots_bar, newest_bar, report_bar
                 site_bar, stream_bar, view_bar, parameters_bar = pullback(out_bar)
                 read_bar, bank_bar = rule.read_transpose(sites, bank, place, view, view_bar, bank_bar)
                 sites_bar = jax.tree.map(lambda *own: sum(own), sites_bar, site_bar, read_bar)

@@ -40,11 +40,7 @@ DEPTH_GROUPS = {
 """The same for a depth rule's parameters, by their own names: what says where a site looks is its query."""
 
 
-DEPTH_SETTINGS = {
-    "depth_queries": "depth_query",
-    "depth_key_scales": "depth_key_scale",
-    "depth_other": "depth_other",
-}
+DEPTH_SETTINGS = {"depth_queries": "depth_query", "depth_key_scales": "depth_key_scale"}
 """How the optimizer's settings of these groups begin."""
 
 
@@ -68,15 +64,19 @@ def parameter_group(name: str) -> str:
 def weight_decay(name: str, config: OptimizerConfig) -> float:
     """The decay of a parameter: of matrices, and at rates of their own of a depth rule's parameters."""
     if name.startswith("sites."):
-        return getattr(config, f"{DEPTH_SETTINGS[parameter_group(name)]}_weight_decay")
+        return config.depth_weight_decay * _of_group(name, "decay_multiplier", config)
     return config.weight_decay if name.rpartition(".")[2] in MATRICES else 0.0
 
 
 def learning_rate_multiplier(name: str, config: OptimizerConfig) -> float:
     """What the learning rate of a parameter is multiplied with."""
-    if name.startswith("sites."):
-        return getattr(config, f"{DEPTH_SETTINGS[parameter_group(name)]}_lr_multiplier")
-    return 1.0
+    return _of_group(name, "lr_multiplier", config)
+
+
+def _of_group(name: str, setting: str, config: OptimizerConfig) -> float:
+    """A multiplier of the group of a depth rule's parameter; 1 if it has none, and for all other parameters."""
+    prefix = DEPTH_SETTINGS.get(parameter_group(name)) if name.startswith("sites.") else None
+    return getattr(config, f"{prefix}_{setting}") if prefix else 1.0
 
 
 def group_norms(prefix: str, tree: Any) -> dict[str, Float[Array, ""]]:
@@ -96,8 +96,8 @@ def count_parameters(model: Any) -> int:
 def parameter_table(model: Any, config: OptimizerConfig) -> str:
     """A text table: name, group, shape, count, weight decay, multiplier of the learning rate; then the total.
 
-    Below it are the settings of groups of which the model has no parameter: they are no mistake where several depth
-    rules are run under the same ones, but do nothing for this one.
+    Below it are settings of groups of which the model has no parameter. They are no mistake where several depth rules
+    are run under the same ones, but do nothing for this one.
     """
     rows = [("parameter", "group", "shape", "count", "decay", "lr")]
     for name, leaf in named_leaves(model).items():
@@ -113,9 +113,9 @@ def parameter_table(model: Any, config: OptimizerConfig) -> str:
             for i, (cell, width) in enumerate(zip(row, widths, strict=True))
         ]
         lines.append("  ".join(cells).rstrip())
+    groups = {group for _, group, *_ in rows[1:-1]}
     for group, prefix in DEPTH_SETTINGS.items():
-        for key in (f"{prefix}_weight_decay", f"{prefix}_lr_multiplier"):
-            value = getattr(config, key)
-            if value != getattr(OptimizerConfig, key) and group not in {row[1] for row in rows}:
-                lines.append(f"optimizer.{key}={value:g} changes nothing here: the model has no {group}")
+        for key in (f"{prefix}_decay_multiplier", f"{prefix}_lr_multiplier"):
+            if getattr(config, key) != 1 and group not in groups:
+                lines.append(f"optimizer.{key}={getattr(config, key):g} changes nothing: the model has no {group}")
     return "\n".join(lines)

@@ -61,7 +61,12 @@ class RestackedDecoder(Decoder):
 
 @functools.cache
 def lowered_step(
-    decoder: type[Decoder], dtype: str, remat: str, rule: str = "block", device: jax.Device | None = None
+    decoder: type[Decoder],
+    dtype: str,
+    remat: str,
+    rule: str = "block",
+    device: jax.Device | None = None,
+    key_norm: bool = True,
 ) -> jax.stages.Lowered:
     """The project's training step, for a device that need not be there."""
     model_config = ModelConfig(
@@ -74,7 +79,7 @@ def lowered_step(
         max_length=TOKENS,
         dtype=dtype,
         remat=remat,
-        depth=DepthConfig(rule=rule, block_size=SUBLAYERS),
+        depth=DepthConfig(rule=rule, block_size=SUBLAYERS, key_norm=key_norm),
     )
     config = dataclasses.replace(Config(), model=model_config)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -96,9 +101,9 @@ def lowered_step(
 
 
 @functools.cache
-def optimised(decoder: type[Decoder], dtype: str, remat: str) -> str:
+def optimised(decoder: type[Decoder], dtype: str, remat: str, key_norm: bool = True) -> str:
     """The step as XLA leaves it."""
-    return lowered_step(decoder, dtype, remat).compile(compiler_options=OPTIMISED).as_text()
+    return lowered_step(decoder, dtype, remat, key_norm=key_norm).compile(compiler_options=OPTIMISED).as_text()
 
 
 def activations(text: str) -> Iterator[tuple[str, int]]:
@@ -138,6 +143,10 @@ def test_no_array_holds_more_than_one_bank(remat):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_loop_copies_the_bank(remat):
     assert copies(optimised(Decoder, "float32", remat)) == 0
+
+
+def test_no_loop_copies_a_bank_whose_channels_are_in_groups():
+    assert copies(optimised(Decoder, "float32", "full", key_norm=False)) == 0
 
 
 def test_sources_stacked_at_every_site_would_be_seen():

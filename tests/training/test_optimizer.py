@@ -103,20 +103,21 @@ def test_depth_parameters_have_a_decay_and_learning_rates_of_their_own(model):
     plain = OptimizerConfig(learning_rate=0.1, weight_decay=0.2)
     own = dataclasses.replace(
         plain,
-        depth_query_weight_decay=0.3,
+        depth_weight_decay=0.3,
         depth_query_lr_multiplier=0.5,
-        depth_key_scale_weight_decay=0.4,
+        depth_key_scale_decay_multiplier=2.0,
         depth_key_scale_lr_multiplier=0.25,
-        depth_other_weight_decay=7.0,
-        depth_other_lr_multiplier=7.0,
     )
     gradients = jax.tree.map(jnp.ones_like, model)
     base, changed = (named_leaves(updates_of(config, gradients, model)) for config in (plain, own))
     # Adam's first update is -learning_rate * sign, decay of a half beside it, the multiplier on both.
     np.testing.assert_allclose(changed["sites.query"], 0.5 * (base["sites.query"] - 0.1 * 0.3 * 0.5), rtol=1e-6)
-    np.testing.assert_allclose(
-        changed["sites.key_scale"], 0.25 * (base["sites.key_scale"] - 0.1 * 0.4 * 0.5), rtol=1e-6
-    )
+    expected = 0.25 * (base["sites.key_scale"] - 0.1 * 0.6 * 0.5)
+    np.testing.assert_allclose(changed["sites.key_scale"], expected, rtol=1e-6)
+    still = dataclasses.replace(own, depth_key_scale_lr_multiplier=0.0, depth_query_decay_multiplier=0.0)
+    updates = named_leaves(updates_of(still, gradients, model))
+    assert not np.any(updates["sites.key_scale"])
+    np.testing.assert_allclose(updates["sites.query"], 0.5 * base["sites.query"], rtol=1e-6)
     for name in base.keys() - {"sites.query", "sites.key_scale"}:
         np.testing.assert_array_equal(changed[name], base[name])
 

@@ -63,7 +63,8 @@ def test_table_names_shapes_counts_and_decay():
 
 
 def test_table_says_which_settings_change_nothing():
-    settings = OptimizerConfig(depth_key_scale_lr_multiplier=2.0, depth_other_weight_decay=0.1)
-    *_, total, note = parameter_table(shapes(), settings).splitlines()
+    settings = OptimizerConfig(depth_key_scale_lr_multiplier=2.0, depth_weight_decay=0.1)
+    assert parameter_table(shapes(), settings).splitlines()[-1].startswith("total")
+    *_, total, note = parameter_table({"embedding": {"table": jnp.zeros((3, 2))}}, settings).splitlines()
     assert total.startswith("total")
-    assert note == "optimizer.depth_other_weight_decay=0.1 changes nothing here: the model has no depth_other"
+    assert note == "optimizer.depth_key_scale_lr_multiplier=2 changes nothing: the model has no depth_key_scales"
