@@ -45,8 +45,12 @@ def scanned(rule, context, remat, stacks, sites, embedding, *, plan=PLAN):
     stream, newest = rule.begin(sites, embedding)
     segments = cut(plan, rule.block_size)
     *out, reports = depth_scan(rule, segments, call, stacks, sites, stream, newest, context, remat=remat)
-    means = jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
-    return rule.readout(sites, *out), means
+    return rule.readout(sites, *out), means_of(reports)
+
+
+def means_of(reports):
+    """What the sublayers report, in order, from the reports of the segments."""
+    return jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for report in reports])
 
 
 def plain(rule, context, stacks, sites, embedding, *, plan=PLAN):

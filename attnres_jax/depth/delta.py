@@ -37,17 +37,19 @@ class Delta(Full):
         place: Place,
         sublayers: Sequence[Sublayer],
     ):
-        """Phase 2 over the outputs of the own block; each output joins the stream and the bank."""
-        slots: list[Bank] = []
-        own: list[Bank] = []
-        scoring = self.scoring(sites, place.site, place.num_sites)
-        for i, sublayer in enumerate(sublayers):
-            if i:
-                slots.append(self.slot(sites, y, place.num_valid + i - 1))
-                own.append(self.own_slot(scoring, slots[-1], place, i - 1))
-            y = sublayer((stream + self.mixed(sites, view, place, i, own)).astype(stream.dtype))
-            stream = stream + y
-        return stream, tuple(slots), y
+        """The block of `full` with the stream before each sublayer; each output joins the stream and the bank."""
+
+        def beside_stream(sublayer: Sublayer) -> Sublayer:
+            def apply(mixed: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
+                nonlocal stream
+                y = sublayer((stream + mixed).astype(stream.dtype))
+                stream = stream + y
+                return y
+
+            return apply
+
+        _, slots, newest = super().block(sites, None, view, place, [beside_stream(each) for each in sublayers])
+        return stream, slots, newest
 
     def enter(self, sites: Sites, values: Float[Array, "N *batch D"], place: Place, known: PyTree = None):
         """As without a stream; slot 0, where the embedding comes, is the null source."""

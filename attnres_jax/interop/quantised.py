@@ -28,9 +28,9 @@ class Quantised(NamedTuple):
     shape: tuple[int, ...]
     dequantise: Callable[[Read, Read, range, range], np.ndarray]
     """From the reader of either part to some rows and columns of the tensor, float32."""
-    quantise: Callable[[np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-    """From new numbers and both parts of old ones to both parts of the new, nearest numbers under a scale that fits the
-    largest. What has not changed, group by group, keeps its bytes."""
+    quantise: Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+    """From new numbers, old ones in the same dtype and both parts of these to both parts of the new: nearest numbers
+    under a scale that fits the largest. What has not changed, group by group, keeps its bytes."""
 
 
 def quantised(entries: Mapping[str, Entry]) -> dict[str, Quantised]:
@@ -73,7 +73,9 @@ def _dequantise_mxfp4(read_values: Read, read_scales: Read, rows: range, columns
     return numbers[:, columns.start - first * GROUP : columns.stop - first * GROUP]
 
 
-def _mxfp4_of(numbers: np.ndarray, codes: np.ndarray, powers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _mxfp4_of(
+    numbers: np.ndarray, old: np.ndarray, codes: np.ndarray, powers: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """Scales as the format proposes (6.3): the power of two of a group's largest number is that of the code 4."""
     groups = numbers.astype(np.float32).reshape(len(numbers), -1, GROUP)
     _, exponents = np.frexp(np.abs(groups).max(-1))
@@ -84,8 +86,6 @@ def _mxfp4_of(numbers: np.ndarray, codes: np.ndarray, powers: np.ndarray) -> tup
     new_codes += (sizes == middles[np.minimum(new_codes, 6)]) & (new_codes % 2 == 1)
     new_codes = (new_codes + 8 * np.signbit(groups)).astype(np.uint8)
     new_codes = new_codes[..., 0::2] | new_codes[..., 1::2] << 4
-    whole = [range(size) for size in numbers.shape]
-    old = _dequantise_mxfp4(lambda at: codes[at], lambda at: powers[at], *whole).astype(numbers.dtype)
     same = (old.view(f"u{old.itemsize}") == numbers.view(f"u{old.itemsize}")).reshape(groups.shape).all(-1)
     new_codes = np.where(same[..., None], codes.reshape(new_codes.shape), new_codes)
     return new_codes.reshape(codes.shape), np.where(same, powers, new_powers.astype(np.uint8))
@@ -107,11 +107,11 @@ def _dequantise_fp8(read_values: Read, read_scales: Read, rows: range, columns: 
     return read_values((_slice(rows), _slice(columns))).astype(np.float32) * scales
 
 
-def _fp8_of(numbers: np.ndarray, codes: np.ndarray, scales: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _fp8_of(
+    numbers: np.ndarray, old: np.ndarray, codes: np.ndarray, scales: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """The largest number of a tile becomes the format's largest."""
     new_codes, new_scales = codes.copy(), scales.copy()
-    whole = [range(size) for size in numbers.shape]
-    old = _dequantise_fp8(lambda at: codes[at], lambda at: scales[at], *whole).astype(numbers.dtype)
     for place in np.ndindex(scales.shape):
         at = tuple(slice(TILE * i, TILE * (i + 1)) for i in place)
         if not np.array_equal(old[at], numbers[at]):

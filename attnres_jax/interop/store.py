@@ -84,7 +84,9 @@ class TensorStore:
         parts = self.quantised[name]
         if not np.isfinite(numbers.astype(np.float32)).all():
             raise InteropError(f"tensor {name!r} has numbers that are not finite, and cannot be quantised")
-        new = parts.quantise(numbers, self._read(parts.values, None), self._read(parts.scales, None))
+        held = [self._read(half, None) for half in (parts.values, parts.scales)]
+        old = parts.dequantise(*(half.__getitem__ for half in held), *map(range, parts.shape)).astype(numbers.dtype)
+        new = parts.quantise(numbers, old, *held)
         return dict(zip((parts.values, parts.scales), new, strict=True))
 
     def _read(self, name: str, index: tuple[slice, ...] | None) -> np.ndarray:

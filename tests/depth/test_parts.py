@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from numerics import worst
-from toy_stacks import PLAN, call, draw, scanned, value_and_gradients
+from toy_stacks import PLAN, call, draw, means_of, scanned, value_and_gradients
 
 from attnres_jax.depth import Options, Part, Place, Window, depth_scan, make_rule, num_appended
 from attnres_jax.models.plan import cut
@@ -66,14 +66,14 @@ def in_parts(rule, context, stacks, sites, embedding):
     own, bank, _ = rule.enter(sites, values[first : first + slots - 1], place)
     read = lambda own, stream, newest, bank: rule.readout(own, stream, newest, bank)  # noqa: E731
     h, read_back = jax.vjp(read, own, streams[-1], values[first + slots - 1], bank)
-    means, means_back = jax.vjp(means_of, reports)
+    means, means_back = jax.vjp(lambda first, second: means_of([*first, *second]), *reports)
     h_bar, means_bar = (jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape) for x in (h, means))
 
     own_bar, stream_bar, newest_bar, bank_bar = read_back(h_bar)
     sites_bar, sources_bar = rule.enter_transpose(sites, place, own_bar, rule.sources(bank_bar))
     values_bar = jnp.zeros_like(values).at[first : first + slots - 1].set(sources_bar)
     values_bar = values_bar.at[first + slots - 1].set(newest_bar)
-    (reports_bar,) = means_back(means_bar)
+    reports_bar = means_back(means_bar)
     stacks_bar = jax.tree.map(jnp.zeros_like, stacks)
     for index in (1, 0):
         again = functools.partial(run, index, True, known[index])
@@ -86,8 +86,3 @@ def in_parts(rule, context, stacks, sites, embedding):
     if streams[0] is not None:
         embedding_bar += begin_back(stream_bar)[0]
     return (h, means), (stacks_bar, sites_bar, embedding_bar)
-
-
-def means_of(reports):
-    """The sublayers' reports in order."""
-    return jnp.concatenate([jnp.stack([r["mean"] for r in report], 1).ravel() for part in reports for report in part])
