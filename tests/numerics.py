@@ -1,11 +1,16 @@
 """How tests compare arrays."""
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
 
 def worst(left, right) -> float:
-    """The largest relative difference of two pytrees' leaves, each in the norm of the leaf."""
+    """The largest relative difference of two pytrees' leaves, each in the norm of the leaf; NaN if any leaf has one."""
     assert jax.tree.structure(left) == jax.tree.structure(right)
-    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
-    return max(float(jnp.linalg.norm((x - y).ravel()) / (jnp.linalg.norm(y.ravel()) + 1e-30)) for x, y in pairs)
+    return float(np.max([_difference(x, y) for x, y in zip(*map(jax.tree.leaves, (left, right)), strict=True)]))
+
+
+def _difference(x, y) -> float:
+    x, y = (np.asarray(each).astype(np.float64) for each in (x, y))
+    assert x.shape == y.shape
+    return np.linalg.norm(x - y) / (np.linalg.norm(y) + 1e-30)

@@ -5,13 +5,13 @@ import zlib
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnres_jax.depth import depth_scan
 from attnres_jax.models.plan import cut, slots_of
 
 WIDTH, SUBLAYERS = 12, 6
 PLAN = ["tanh", "linear"] * (SUBLAYERS // 2)
-REMAT = ("none", "dots", "full")
 
 
 def call(kind, weight, h, context):
@@ -22,22 +22,26 @@ def call(kind, weight, h, context):
 
 
 def draw(rule, dtype=jnp.float64, *, perturb=1 / 3, plan=PLAN):
-    """(stacks, sites, embedding, context); the sites are moved away from their start by `perturb`."""
-    keys = jax.random.split(jax.random.key(0), 5)
-    stacks = {
-        kind: jax.random.normal(key, (plan.count(kind), WIDTH, WIDTH), dtype) / 4
-        for kind, key in zip(dict.fromkeys(plan), keys, strict=False)
-    }
-    embedding = jax.random.normal(keys[2], (2, 3, WIDTH), dtype)
+    """(stacks, sites, embedding, context); the sites are moved away from their start by `perturb`.
+
+    Drawn by NumPy, which compiles nothing.
+    """
+
+    def normal(seed, shape, scale=1.0):
+        return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), dtype)
 
     def move(path, x):
-        key = jax.random.fold_in(keys[3], zlib.crc32(jax.tree_util.keystr(path).encode()))
+        noise = perturb * np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode())).standard_normal(
+            x.shape
+        )
         # Smaller as well: mixing logits start at -8, where nothing mixes.
-        return x.astype(dtype) / 4 + perturb * jax.random.normal(key, x.shape, dtype)
+        return jnp.asarray(np.asarray(x) / 4 + noise if perturb else np.asarray(x), dtype)
 
-    sites = rule.init_sites(len(plan), WIDTH)
-    sites = jax.tree_util.tree_map_with_path(move, sites) if perturb else jax.tree.map(lambda x: x.astype(dtype), sites)
-    return stacks, sites, embedding, jax.random.normal(keys[4], (WIDTH,), dtype) / 10
+    stacks = {
+        kind: normal(seed, (plan.count(kind), WIDTH, WIDTH), 1 / 4) for seed, kind in enumerate(dict.fromkeys(plan))
+    }
+    sites = jax.tree_util.tree_map_with_path(move, rule.init_sites(len(plan), WIDTH))
+    return stacks, sites, normal(10, (2, 3, WIDTH)), normal(11, (WIDTH,), 1 / 10)
 
 
 def scanned(rule, context, remat, stacks, sites, embedding, *, plan=PLAN):
@@ -54,12 +58,17 @@ def means_of(reports):
 
 
 def plain(rule, context, stacks, sites, embedding, *, plan=PLAN):
-    """The rule's own loop."""
-    sublayers = [
-        functools.partial(lambda kind, slot, h: call(kind, stacks[kind][slot], h, context)[0], kind, slot)
-        for kind, slot in zip(plan, slots_of(plan), strict=True)
-    ]
-    return rule.plain(sites, embedding, sublayers)
+    """The rule's own loop, as one program: operation by operation it would be a hundred."""
+
+    @jax.jit
+    def run(stacks, sites, embedding):
+        sublayers = [
+            functools.partial(lambda kind, slot, h: call(kind, stacks[kind][slot], h, context)[0], kind, slot)
+            for kind, slot in zip(plan, slots_of(plan), strict=True)
+        ]
+        return rule.plain(sites, embedding, sublayers)
+
+    return run(stacks, sites, embedding)
 
 
 def looped(rule, context, stacks, sites, embedding, *, plan=PLAN):

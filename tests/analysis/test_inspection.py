@@ -60,12 +60,12 @@ def test_agrees_with_the_whole_batch_at_once(rule, block_size, batch):
     arguments = [jnp.asarray(batch[key]) for key in ("inputs", "segment_ids", "positions")]
 
     def loss(probes):
-        log_p = jax.nn.log_softmax(unrolled(model, *arguments, probes=probes).logits)
-        picked = jnp.take_along_axis(log_p, jnp.asarray(batch["targets"])[..., None], -1)[..., 0]
-        return -jnp.sum(picked * batch["weights"])
+        trace = unrolled(model, *arguments, probes=probes)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(trace.logits), jnp.asarray(batch["targets"])[..., None], -1)
+        return -jnp.sum(picked[..., 0] * batch["weights"]), trace
 
-    trace = unrolled(model, *arguments)
-    arrays = (trace.outputs, trace.states, jax.grad(loss)(jnp.zeros((6, 2, 12, 8))), trace.inputs)
+    gradients, trace = jax.jit(jax.grad(loss, has_aux=True))(jnp.zeros((6, 2, 12, 8)))
+    arrays = (trace.outputs, trace.states, gradients, trace.inputs)
     real = batch["segment_ids"] > 0
     inspection = inspect_model(model, batch)
     for key, array in zip(MAGNITUDES, arrays, strict=True):

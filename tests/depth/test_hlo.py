@@ -66,7 +66,6 @@ def lowered_step(
     remat: str,
     rule: str = "block",
     device: jax.Device | None = None,
-    key_norm: bool = True,
 ) -> jax.stages.Lowered:
     """The project's training step, for a device that need not be there."""
     model_config = ModelConfig(
@@ -79,7 +78,7 @@ def lowered_step(
         max_length=TOKENS,
         dtype=dtype,
         remat=remat,
-        depth=DepthConfig(rule=rule, block_size=SUBLAYERS, key_norm=key_norm),
+        depth=DepthConfig(rule=rule, block_size=SUBLAYERS),
     )
     config = dataclasses.replace(Config(), model=model_config)
     schedule = learning_rate_schedule(config.optimizer, config.training.steps)
@@ -101,9 +100,9 @@ def lowered_step(
 
 
 @functools.cache
-def optimised(decoder: type[Decoder], dtype: str, remat: str, key_norm: bool = True) -> str:
+def optimised(decoder: type[Decoder], dtype: str, remat: str) -> str:
     """The step as XLA leaves it."""
-    return lowered_step(decoder, dtype, remat, key_norm=key_norm).compile(compiler_options=OPTIMISED).as_text()
+    return lowered_step(decoder, dtype, remat).compile(compiler_options=OPTIMISED).as_text()
 
 
 def activations(text: str) -> Iterator[tuple[str, int]]:
@@ -143,10 +142,6 @@ def test_no_array_holds_more_than_one_bank(remat):
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_loop_copies_the_bank(remat):
     assert copies(optimised(Decoder, "float32", remat)) == 0
-
-
-def test_no_loop_copies_a_bank_whose_channels_are_in_groups():
-    assert copies(optimised(Decoder, "float32", "full", key_norm=False)) == 0
 
 
 def test_sources_stacked_at_every_site_would_be_seen():

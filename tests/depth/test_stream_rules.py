@@ -43,7 +43,8 @@ def test_streams_part_after_the_start(rule):
     """What is written into equal streams has different gradients: training can make use of all."""
     made = make(rule)
     stacks, sites, embedding, context = draw(made, jnp.float32, perturb=0)
-    gradient = jax.grad(lambda s: (scanned(made, context, "none", stacks, s, embedding)[0] ** 3).sum())(sites)
+    cubes = lambda sites: (scanned(made, context, "none", stacks, sites, embedding)[0] ** 3).sum()  # noqa: E731
+    gradient = jax.jit(jax.grad(cubes))(sites)
     post = gradient.beta[...] if rule is HyperConnections else gradient.bias[...][:, 3:6]
     assert np.ptp(np.asarray(post[0])) > 1e-3
     assert all(np.any(np.asarray(leaf) != 0) for name, leaf in flat(gradient) if "gate" not in name)
@@ -69,7 +70,7 @@ def test_hyper_connections_weights_are_the_papers():
         made = make(HyperConnections)
         _, sites, _, _ = draw(made)
         streams = np.asarray(jax.random.normal(jax.random.key(7), (3, WIDTH), jnp.float64))
-        pre, post, carry = made.mixing(sites, 2, jnp.asarray(streams))
+        pre, post, carry = jax.jit(lambda *given: made.mixing(given[0], 2, given[1]))(sites, jnp.asarray(streams))
         norm = streams / np.sqrt((streams**2).mean(1, keepdims=True) + EPS)
         take = lambda name: np.asarray(getattr(sites, name)[...])[2]  # noqa: E731
         alpha = take("alpha") + take("alpha_gate") * np.tanh(norm @ take("alpha_projection"))
@@ -86,7 +87,7 @@ def test_manifold_weights_are_the_papers(rule):
         made = make(rule)
         _, sites, _, _ = draw(made)
         streams = np.asarray(jax.random.normal(jax.random.key(7), (3, WIDTH), jnp.float64))
-        pre, post, carry = made.mixing(sites, 2, jnp.asarray(streams))
+        pre, post, carry = jax.jit(lambda *given: made.mixing(given[0], 2, given[1]))(sites, jnp.asarray(streams))
         x = streams.ravel() / np.sqrt((streams**2).mean() + EPS)
         gate, bias, projection = (np.asarray(getattr(sites, name)[...])[2] for name in ("gate", "bias", "projection"))
         logits = np.repeat(gate, [3, 3, len(bias) - 6]) * (x @ projection) + bias
@@ -108,7 +109,8 @@ def test_mixing_is_doubly_stochastic(rule, tolerance):
     """mHC's rows exactly, its columns as far as 20 steps go; mHC-lite's both exactly."""
     made = make(rule)
     _, sites, _, _ = draw(made, jnp.float32)
-    carry = made.mixing(sites, 1, jax.random.normal(jax.random.key(3), (3, 2, 5, WIDTH))).carry
+    streams = jax.random.normal(jax.random.key(3), (3, 2, 5, WIDTH))
+    carry = jax.jit(lambda *given: made.mixing(given[0], 1, given[1]))(sites, streams).carry
     assert carry.shape == (3, 3, 2, 5)
     assert float(carry.min()) >= 0
     np.testing.assert_allclose(carry.sum(1), 1, atol=1e-6)

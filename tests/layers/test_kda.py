@@ -15,22 +15,17 @@ SEGMENTS = np.array([[3] * 5 + [1] * 60 + [2] * 2, [1] * 67])
 
 def make(variant, *, dtype="float32", conv_size=4, seed=0):
     bound, full_rank = VARIANTS[variant]
-    layer = KDA(
-        12,
-        3,
-        8,
-        conv_size=conv_size,
-        gate_lower_bound=bound,
-        full_rank_gate=full_rank,
-        eps=1e-5,
-        dtype=dtype,
-        rngs=nnx.Rngs(seed),
-    )
+    settings = {"conv_size": conv_size, "gate_lower_bound": bound, "full_rank_gate": full_rank}
+    layer = jax.jit(lambda: KDA(12, 3, 8, **settings, eps=1e-5, dtype=dtype, rngs=nnx.Rngs(seed)))()
     # Away from their initial values, where a forgotten scale would not show.
     layer.out_norm.scale[...] = 1 + 0.3 * jax.random.normal(jax.random.key(7), (8,))
     layer.norm.scale[...] = 1 + 0.3 * jax.random.normal(jax.random.key(8), (12,))
     layer.log_rate[...] = layer.log_rate[...] + 0.2
     return layer
+
+
+run = jax.jit(lambda layer, h, context: layer(h, context))
+prefill = jax.jit(lambda layer, h, state=None: layer.prefill(h, state))
 
 
 def context_of(segment_ids, length):
@@ -94,14 +89,14 @@ def by_hand(layer, h, segments):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_against_numpy_over_packed_documents(variant):
     layer, h = make(variant), inputs(67)
-    found = layer(h, context_of(SEGMENTS, 67))
+    found = run(layer, h, context_of(SEGMENTS, 67))
     np.testing.assert_allclose(found, by_hand(layer, h, SEGMENTS), rtol=0, atol=1e-5)
 
 
 def test_without_segments_a_row_is_one_document():
     layer, h = make("linear"), inputs(67)
-    bare = layer(h, context_of(None, 67))
-    np.testing.assert_allclose(bare, layer(h, context_of(np.ones((2, 67), int), 67)), rtol=0, atol=1e-6)
+    bare = run(layer, h, context_of(None, 67))
+    np.testing.assert_allclose(bare, run(layer, h, context_of(np.ones((2, 67), int), 67)), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -109,7 +104,7 @@ def test_gates(variant):
     """Both gates over the whole range of their logits, the bounded one within its bound."""
     layer = make(variant)
     x = 30 * jax.random.normal(jax.random.key(3), (2, 50, 12))
-    found = layer.log_decay(x)
+    found = jax.jit(layer.log_decay)(x)
     np.testing.assert_allclose(found, decay_by_hand(layer, np.float64(x)), rtol=1e-4, atol=1e-5)
     assert float(found.max()) <= 0
     assert (float(found.min()) >= -5) == (variant == "k3")
@@ -134,30 +129,31 @@ def test_initial_decays():
 @pytest.mark.parametrize("prefilled", [1, 2, 64, 65])
 def test_prefill_and_steps_equal_one_forward_pass(variant, prefilled):
     layer, h = make(variant), inputs(68)
-    whole = layer(h, context_of(None, 68))
-    y, state = layer.prefill(h[:, :prefilled])
+    whole = run(layer, h, context_of(None, 68))
+    y, state = prefill(layer, h[:, :prefilled])
     reads, step = [y], jax.jit(layer.step)
     for t in range(prefilled, 68):
         y, state = step(h[:, t], state)
         reads.append(y[:, None])
     np.testing.assert_allclose(jnp.concatenate(reads, 1), whole, rtol=0, atol=3e-6)
-    _, expected = layer.prefill(h)
+    _, expected = prefill(layer, h)
     assert worst(state, expected) < 1e-5
 
 
 def test_a_prefill_goes_on_from_a_state():
     layer, h = make("linear"), inputs(67)
-    whole, expected = layer.prefill(h)
-    first, state = layer.prefill(h[:, :30])
-    second, state = layer.prefill(h[:, 30:], state)
+    whole, expected = prefill(layer, h)
+    first, state = prefill(layer, h[:, :30])
+    second, state = prefill(layer, h[:, 30:], state)
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), whole, rtol=0, atol=3e-6)
     assert worst(state, expected) < 1e-5
 
 
 def test_gradients_are_causal_and_stay_in_the_document():
     layer, h, context = make("linear"), inputs(67), context_of(SEGMENTS, 67)
+    gradient = jax.jit(jax.grad(lambda h, t: jnp.sum(layer(h, context)[:, t])))
     for t in (4, 5, 40, 66):
-        bar = jax.grad(lambda h, t=t: jnp.sum(layer(h, context)[:, t]))(h)
+        bar = gradient(h, t)
         size = np.abs(bar).max(-1)
         seen = (SEGMENTS[:, t, None] == SEGMENTS) & (np.arange(67) <= t)
         assert (size[~seen] == 0).all() and (size[seen] > 0).all()
@@ -166,37 +162,27 @@ def test_gradients_are_causal_and_stay_in_the_document():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_has_a_gradient(variant):
     layer, h, context = make(variant), inputs(20), context_of(None, 20)
-    bars = jax.grad(lambda layer: jnp.sum(jnp.sin(layer(h, context))))(layer)
+    bars = jax.jit(jax.grad(lambda layer: jnp.sum(jnp.sin(layer(h, context)))))(layer)
     assert all(bool(jnp.isfinite(bar).all()) and float(jnp.abs(bar).max()) > 0 for bar in jax.tree.leaves(bars))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_half_precision(variant):
     layer, exact, h = make(variant, dtype="bfloat16"), make(variant), inputs(67)
-    y, state = layer.prefill(h.astype(jnp.bfloat16))
+    y, state = prefill(layer, h.astype(jnp.bfloat16))
     assert y.dtype == state.key_inputs.dtype == jnp.bfloat16 and state.memory.dtype == jnp.float32
-    assert worst(y.astype(jnp.float32), exact(h, context_of(None, 67))) < 0.03
-    token, after = layer.step(h[:, 0].astype(jnp.bfloat16), state)
-    assert token.dtype == jnp.bfloat16 and jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, state)
+    assert worst(y.astype(jnp.float32), run(exact, h, context_of(None, 67))) < 0.03
+    token, after = jax.jit(layer.step)(h[:, 0].astype(jnp.bfloat16), state)
+    assert token.dtype == jnp.bfloat16 and [x.dtype for x in after] == [x.dtype for x in state]
 
 
 def test_stacked_layers_scan():
     """As the decoder runs them: one module whose leaves have a leading axis."""
-    stack = jax.vmap(
-        lambda key: KDA(
-            12,
-            3,
-            8,
-            conv_size=4,
-            gate_lower_bound=None,
-            full_rank_gate=False,
-            eps=1e-5,
-            dtype="float32",
-            rngs=nnx.Rngs(key),
-        )
-    )(jax.random.split(jax.random.key(0), 2))
+    settings = {"conv_size": 4, "gate_lower_bound": None, "full_rank_gate": False, "eps": 1e-5, "dtype": "float32"}
+    draw = jax.vmap(lambda key: KDA(12, 3, 8, **settings, rngs=nnx.Rngs(key)))
+    stack = jax.jit(draw)(jax.random.split(jax.random.key(0), 2))
     h, context = inputs(10), context_of(None, 10)
     scanned, _ = jax.lax.scan(lambda h, layer: (h + layer(h, context), None), h, stack)
     for i in range(2):
-        h = h + jax.tree.map(lambda leaf, i=i: leaf[i], stack)(h, context)
+        h = h + run(jax.tree.map(lambda leaf, i=i: leaf[i], stack), h, context)
     np.testing.assert_allclose(scanned, h, rtol=0, atol=1e-5)

@@ -59,9 +59,14 @@ def passes(model):
     return jax.jit(lambda m: (m.with_reports(TOKENS, SEGMENTS, POSITIONS), jax.grad(scanned)(m)))(model)
 
 
-def test_the_scan_is_the_plain_loop(model, passes):
+@pytest.fixture(scope="module")
+def plain(model):
+    return jax.jit(unrolled)(model, TOKENS, SEGMENTS, POSITIONS)
+
+
+def test_the_scan_is_the_plain_loop(plain, passes):
     (logits, _), _ = passes
-    assert worst(logits, jax.jit(unrolled)(model, TOKENS, SEGMENTS, POSITIONS).logits) < 1e-5
+    assert worst(logits, plain.logits) < 1e-5
 
 
 def test_every_parameter_learns_but_the_score_corrections(passes):
@@ -72,13 +77,14 @@ def test_every_parameter_learns_but_the_score_corrections(passes):
     np.testing.assert_array_equal(gradients.sublayers["moe"].correction_bias[...], 1)
 
 
-def test_reports_stand_in_layer_order(model, passes):
+def test_reports_stand_in_layer_order(model, plain, passes):
     """As a loop over the layers collects them; padding counts nowhere."""
     (_, reports), _ = passes
-    context, inputs = model.context(TOKENS, SEGMENTS, POSITIONS), unrolled(model, TOKENS, SEGMENTS, POSITIONS).inputs
+    context = model.context(TOKENS, SEGMENTS, POSITIONS)
     at = [i for i, kind in enumerate(model.plan()) if kind == "moe"]
     layers = [jax.tree.map(lambda stack, slot=slot: stack[slot], model.sublayers["moe"]) for slot in range(4)]
-    expected = [layer(inputs[i], context)[1] for layer, i in zip(layers, at, strict=True)]
+    run = jax.jit(lambda layer, h: layer(h, context)[1])
+    expected = [run(layer, plain.inputs[i]) for layer, i in zip(layers, at, strict=True)]
     assert worst(reports, jax.tree.map(lambda *leaves: jnp.stack(leaves), *expected)) < 1e-5
     np.testing.assert_array_equal(reports.tokens, 38)
     np.testing.assert_allclose(reports.load.sum(1), 1, rtol=1e-6)
@@ -100,16 +106,16 @@ def test_zero_queries_are_the_residual_baseline():
 
 
 def test_a_model_without_experts_has_no_reports():
-    model = make("block", 4, mlp_layers="swiglu")
-    assert model.with_reports(TOKENS)[1] is None
+    model = jax.eval_shape(lambda: make("block", 4, mlp_layers="swiglu"))
+    assert jax.eval_shape(lambda model: model.with_reports(TOKENS), model)[1] is None
 
 
 def test_rotary_latent_attention_depends_on_positions():
     mla = dataclasses.replace(TINY.mla, rotary=True, rotary_interleaved=True)
     model = make("block", 4, attention_layers="mla", mla=mla)
-    shifted = jax.jit(lambda m: m(TOKENS, None, jnp.arange(20)[None] + jnp.array([[5], [9]])))(model)
-    stretched = jax.jit(lambda m: m(TOKENS, None, 2 * jnp.tile(jnp.arange(20), (2, 1))))(model)
-    plain = jax.jit(lambda m: m(TOKENS))(model)
+    run, count = jax.jit(lambda m, positions: m(TOKENS, None, positions)), jnp.tile(jnp.arange(20), (2, 1))
+    shifted, stretched = run(model, count + jnp.array([[5], [9]])), run(model, 2 * count)
+    plain = run(model, count)
     assert worst(shifted, plain) < 1e-4 < 1e-2 < worst(stretched, plain)
 
 
