@@ -26,6 +26,11 @@ jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / "
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest file goes first: a worker takes it whole, and at the end the other would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_eight_devices.py")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def forget_programs():
     """Programs leave the process with the module that ran them.

@@ -21,21 +21,14 @@ THETA = 100.0
 
 
 def make(kind, dtype="float32", seed=0):
-    layer = MLA(
-        WIDTH,
-        HEADS,
-        latent_dim=LATENT,
-        nope_dim=NOPE,
-        rope_dim=ROPE,
-        value_dim=VALUE,
-        eps=1e-5,
-        dtype=dtype,
-        rngs=nnx.Rngs(seed),
-        **KINDS[kind],
-    )
+    sizes = {"latent_dim": LATENT, "nope_dim": NOPE, "rope_dim": ROPE, "value_dim": VALUE}
+    layer = jax.jit(lambda: MLA(WIDTH, HEADS, **sizes, eps=1e-5, dtype=dtype, rngs=nnx.Rngs(seed), **KINDS[kind]))()
     for i, norm in enumerate(filter(None, (layer.norm, layer.latent_norm, layer.query_norm))):
         norm.scale[...] = 1 + 0.2 * jax.random.normal(jax.random.key(i), norm.scale.shape)
     return layer
+
+
+run = jax.jit(lambda layer, h, context: layer(h, context))
 
 
 def context(segments=SEGMENTS, positions=POSITIONS):
@@ -93,13 +86,13 @@ def by_hand(layer, h, options, segments=SEGMENTS, positions=POSITIONS):
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_form_and_its_packing_mask(kind):
     layer, h = make(kind), hidden()
-    np.testing.assert_allclose(layer(h, context()), by_hand(layer, h, KINDS[kind]), rtol=0, atol=5e-6)
+    np.testing.assert_allclose(run(layer, h, context()), by_hand(layer, h, KINDS[kind]), rtol=0, atol=5e-6)
 
 
 def test_without_segments_a_row_is_one_document():
     layer, h = make("kimi linear"), hidden()
     expected = by_hand(layer, h, {}, np.ones((2, 8)))
-    np.testing.assert_allclose(layer(h, context(None)), expected, rtol=0, atol=5e-6)
+    np.testing.assert_allclose(run(layer, h, context(None)), expected, rtol=0, atol=5e-6)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 3, 5])
@@ -107,7 +100,7 @@ def test_without_segments_a_row_is_one_document():
 def test_decoding_token_by_token_equals_the_full_form(kind, prompt):
     """From an empty cache, and from prefilled ones that end within and at the end of a document."""
     layer, h = make(kind), hidden()
-    whole = layer(h, context())
+    whole = run(layer, h, context())
     at = lambda part: context(SEGMENTS[:, part], POSITIONS[:, part])  # noqa: E731
     y, cache = layer.prefill(h[:, :prompt], at(slice(prompt)), 11) if prompt else (None, layer.empty_cache(2, 11))
     if prompt:
@@ -124,7 +117,7 @@ def test_several_tokens_in_one_step():
     part = slice(2, 8)
     _, cache = layer.prefill(h[:, :2], context(SEGMENTS[:, :2], POSITIONS[:, :2]), 8)
     y, _ = layer.step(h[:, part], context(SEGMENTS[:, part], POSITIONS[:, part]), cache)
-    np.testing.assert_allclose(y, layer(h, context())[:, part], rtol=0, atol=5e-6)
+    np.testing.assert_allclose(y, run(layer, h, context())[:, part], rtol=0, atol=5e-6)
 
 
 def test_prompts_of_different_lengths():
@@ -134,7 +127,7 @@ def test_prompts_of_different_lengths():
     positions = np.broadcast_to(np.arange(8), (2, 8))
     garbage = jnp.where(jnp.arange(5)[None, :, None] < lengths[:, None, None], h[:, :5], 1e3)
     _, cache = layer.prefill(garbage, context(None, positions[:, :5]), 8, lengths)
-    whole = layer(h, context(None, positions))
+    whole = run(layer, h, context(None, positions))
     for _ in range(3):
         now = cache.length
         y, cache = layer.step(h[jnp.arange(2), now][:, None], context(None, np.asarray(now)[:, None]), cache)
@@ -156,15 +149,15 @@ def test_tables_of_another_width_are_refused():
 
 def test_without_rotation_positions_do_not_matter():
     layer, h = make("kimi linear"), hidden()
-    np.testing.assert_array_equal(layer(h, context()), layer(h, context(positions=POSITIONS + 5)))
+    np.testing.assert_array_equal(run(layer, h, context()), run(layer, h, context(positions=POSITIONS + 5)))
 
 
 def test_gradients_are_those_of_the_documents():
     """No token hears another document or its own future; finite under the mask."""
     layer, h = make("kimi k3"), hidden()
+    gradient = jax.jit(jax.grad(lambda h, t: jnp.sum(layer(h, context())[:, t])))
     for t in range(8):
-        h_bar = jax.grad(lambda h, t=t: jnp.sum(layer(h, context())[:, t]))(h)
-        heard = np.abs(h_bar).sum(-1) > 0
+        heard = np.abs(gradient(h, t)).sum(-1) > 0
         for b in range(2):
             assert heard[b].tolist() == [s <= t and SEGMENTS[b, s] == SEGMENTS[b, t] for s in range(8)]
 
@@ -182,7 +175,7 @@ def test_a_stack_scans_in_half_precision():
     assert bars.expand.kernel.shape == (3, LATENT, HEADS * (NOPE + VALUE))
     assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(bars))
     layer = make("kimi k3", "bfloat16")
-    y = layer(hidden(), context())
+    y = run(layer, hidden(), context())
     assert y.dtype == jnp.bfloat16
     expected = by_hand(layer, hidden(), KINDS["kimi k3"])
     assert np.linalg.norm(np.asarray(y, np.float64) - expected) < 0.02 * np.linalg.norm(expected)

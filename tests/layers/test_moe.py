@@ -20,10 +20,14 @@ EPS = 1e-5
 
 
 def make(kind, dtype="float32", seed=0, **options):
-    layer = MoE(10, 8, 2, 7, eps=EPS, dtype=dtype, rngs=nnx.Rngs(seed), **KINDS[kind] | options)
+    options = KINDS[kind] | options
+    layer = jax.jit(lambda: MoE(10, 8, 2, 7, eps=EPS, dtype=dtype, rngs=nnx.Rngs(seed), **options))()
     layer.correction_bias[...] = 0.3 * jax.random.normal(jax.random.key(7), (8,))
     layer.norm.scale[...] = 1 + 0.2 * jax.random.normal(jax.random.key(8), (10,))
     return layer
+
+
+run = jax.jit(lambda layer, h, context: layer(h, context))
 
 
 def f64(parameter):
@@ -82,7 +86,7 @@ def by_hand(layer, h, options):
 @pytest.mark.parametrize("kind", KINDS)
 def test_layer(kind, implementation):
     layer, h = make(kind, implementation=implementation), 3 * jax.random.normal(jax.random.key(1), (2, 9, 10))
-    y, found = layer(h, None)
+    y, found = run(layer, h, None)
     expected, chosen = by_hand(layer, h, KINDS[kind])
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(found.load, np.bincount(chosen.ravel(), minlength=8) / chosen.size, rtol=1e-6)
@@ -98,8 +102,8 @@ def test_padding_is_left_out_of_the_report_alone():
     layer, h = make("kimi linear"), jax.random.normal(jax.random.key(1), (2, 9, 10))
     segment_ids = jnp.array([[1] * 4 + [2] * 3 + [0] * 2, [1] * 9])
     context = make_context(segment_ids, segment_ids, None, 4, 100.0)
-    y, found = layer(h, context)
-    bare, _ = layer(h, None)
+    y, found = run(layer, h, context)
+    bare, _ = run(layer, h, None)
     _, chosen = by_hand(layer, h, KINDS["kimi linear"])
     kept = chosen.reshape(2, 9, 2)[np.asarray(segment_ids) > 0]
     np.testing.assert_allclose(found.load, np.bincount(kept.ravel(), minlength=8) / kept.size, rtol=1e-6)
@@ -111,15 +115,12 @@ def test_gradients_by_every_implementation():
     """Losses of the report included; the correction bias has none."""
     h = jax.random.normal(jax.random.key(1), (2, 9, 10))
 
-    @jax.jit
     def value(layer, h):
         y, found = layer(h, None)
         return jnp.sum(jnp.sin(y)) + found.balance_loss + found.z_loss
 
-    bars = {
-        name: jax.grad(value, argnums=(0, 1))(make("kimi k3", implementation=name), h)
-        for name in ("dense", "sorted", "ragged")
-    }
+    gradients = jax.jit(jax.grad(value, argnums=(0, 1)))
+    bars = {name: gradients(make("kimi k3", implementation=name), h) for name in ("dense", "sorted", "ragged")}
     for name in ("sorted", "ragged"):
         for found, expected in zip(*(jax.tree.leaves(bars[each]) for each in (name, "dense")), strict=True):
             np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-5)
@@ -164,11 +165,11 @@ def test_a_stack_scans_under_remat_and_equals_a_loop():
 def test_half_precision(implementation):
     layer = make("kimi k3", dtype="bfloat16", implementation=implementation)
     h = jax.random.normal(jax.random.key(1), (2, 9, 10), jnp.bfloat16)
-    y, found = layer(h, None)
+    y, found = run(layer, h, None)
     assert y.dtype == jnp.bfloat16 and all(value.dtype == jnp.float32 for value in found)
     expected, _ = by_hand(layer, h, KINDS["kimi k3"])
     # Experts are chosen from rounded inputs: of a token near a tie, another one may be.
     error = np.linalg.norm(np.asarray(y, np.float64) - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     assert np.median(error) < 0.02
-    bars = jax.grad(lambda layer: jnp.sum(layer(h, None)[0].astype(jnp.float32)))(layer)
+    bars = jax.jit(jax.grad(lambda layer: jnp.sum(layer(h, None)[0].astype(jnp.float32))))(layer)
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(bars))
