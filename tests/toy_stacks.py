@@ -31,11 +31,11 @@ def draw(rule, dtype=jnp.float64, *, perturb=1 / 3, plan=PLAN):
         return jnp.asarray(scale * np.random.default_rng(seed).standard_normal(shape), dtype)
 
     def move(path, x):
-        noise = perturb * np.random.default_rng(zlib.crc32(jax.tree_util.keystr(path).encode())).standard_normal(
-            x.shape
-        )
+        if not perturb:
+            return x.astype(dtype)
+        noise = normal(zlib.crc32(jax.tree_util.keystr(path).encode()), x.shape, perturb)
         # Smaller as well: mixing logits start at -8, where nothing mixes.
-        return jnp.asarray(np.asarray(x) / 4 + noise if perturb else np.asarray(x), dtype)
+        return jnp.asarray(np.asarray(x) / 4, dtype) + noise
 
     stacks = {
         kind: normal(seed, (plan.count(kind), WIDTH, WIDTH), 1 / 4) for seed, kind in enumerate(dict.fromkeys(plan))
