@@ -34,7 +34,10 @@ CASES = [(name, {}) for name in RULES] + [
     if name != "rms_block" or options.get("query") != "input"
 ]
 IDS = [f"{name} {' '.join(f'{k}={v}' for k, v in options.items())}".strip() for name, options in CASES]
-FEW = [(name, {}) for name in RULES] + [("block", options) for options in OPTIONS.values()]
+WITH_OPTIONS = [("block", options) for options in OPTIONS.values()]
+FEW = [(name, {}) for name in RULES] + WITH_OPTIONS
+# Compiled, the options cost as much as the rules; `make test` leaves what they share with them to `make test-slow`.
+MOST_SLOW = [*FEW[: len(RULES)], *(pytest.param(*case, marks=pytest.mark.slow) for case in WITH_OPTIONS)]
 ROWS_SUM_TO_ONE = ("block", "full", "rms_block", "delta", "delta_block")
 
 
@@ -54,12 +57,25 @@ def test_scan_equals_the_plain_loop_in_float64(name, options):
             assert worst(found, expected) < 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RULES)
+def test_every_remat_policy_is_the_plain_loop_in_float64(name):
+    with jax.enable_x64(True):
+        rule = make(name, {})
+        stacks, sites, embedding, context = draw(rule)
+        expected = value_and_gradients(functools.partial(looped, rule, context), stacks, sites, embedding)
+        for remat in ("none", "dots"):  # "full" is the test's above
+            form = functools.partial(scanned, rule, context, remat)
+            assert worst(value_and_gradients(form, stacks, sites, embedding), expected) < 1e-12
+
+
 @pytest.mark.parametrize("name, options", FEW)
 def test_every_site_reads_the_models_dtype(name, options):
     """In bfloat16, the first site of a block too; the sublayers assert it."""
     rule = make(name, options)
     stacks, sites, embedding, context = draw(rule, jnp.bfloat16)
-    jax.eval_shape(functools.partial(plain, rule, context), stacks, sites, embedding)
+    for form in (functools.partial(scanned, rule, context, "none"), functools.partial(plain, rule, context)):
+        jax.eval_shape(form, stacks, sites, embedding)
     out, gradients = jax.eval_shape(
         jax.value_and_grad(lambda *own: scanned(rule, context, "none", *own)[0].sum(), (0, 1, 2)),
         stacks,
@@ -69,11 +85,11 @@ def test_every_site_reads_the_models_dtype(name, options):
     assert {str(leaf.dtype) for leaf in jax.tree.leaves((out, gradients))} == {"bfloat16"}
 
 
-@pytest.mark.parametrize("name", list(RULES)[1:])
-def test_a_gradient_equals_a_finite_difference(name):
+@pytest.mark.parametrize("name, options", MOST_SLOW[1:])
+def test_a_gradient_equals_a_finite_difference(name, options):
     """Along one direction in all of the rule's parameters and the embedding."""
     with jax.enable_x64(True):
-        rule = make(name, {})
+        rule = make(name, options)
         stacks, sites, embedding, context = draw(rule)
 
         def loss(moved):
@@ -112,7 +128,7 @@ def test_matrix_says_what_each_site_reads(name, options):
             assert max(count) == 1 + options["window"]
 
 
-@pytest.mark.parametrize("name, options", [*FEW[: len(RULES)], ("block", OPTIONS["sum and all"])])
+@pytest.mark.parametrize("name, options", MOST_SLOW)
 def test_states_keep_bfloat16_and_weights_are_float32(name, options):
     rule = make(name, options)
     stacks, sites, embedding, context = draw(rule, jnp.float32)

@@ -23,6 +23,11 @@ def make(rule, block_size=4, streams=3):
     return rule(block_size, EPS, Options(streams=streams))
 
 
+def mixing(made, sites, sublayer, streams):
+    """As one program."""
+    return jax.jit(lambda sites, streams: made.mixing(sites, sublayer, streams))(sites, streams)
+
+
 @pytest.mark.parametrize("rule", [Lambdas, *STREAMS])
 @pytest.mark.parametrize("streams", [2, 3, 4])
 def test_start_is_the_residual_baseline(rule, streams):
@@ -70,7 +75,7 @@ def test_hyper_connections_weights_are_the_papers():
         made = make(HyperConnections)
         _, sites, _, _ = draw(made)
         streams = np.asarray(jax.random.normal(jax.random.key(7), (3, WIDTH), jnp.float64))
-        pre, post, carry = jax.jit(lambda *given: made.mixing(given[0], 2, given[1]))(sites, jnp.asarray(streams))
+        pre, post, carry = mixing(made, sites, 2, jnp.asarray(streams))
         norm = streams / np.sqrt((streams**2).mean(1, keepdims=True) + EPS)
         take = lambda name: np.asarray(getattr(sites, name)[...])[2]  # noqa: E731
         alpha = take("alpha") + take("alpha_gate") * np.tanh(norm @ take("alpha_projection"))
@@ -87,7 +92,7 @@ def test_manifold_weights_are_the_papers(rule):
         made = make(rule)
         _, sites, _, _ = draw(made)
         streams = np.asarray(jax.random.normal(jax.random.key(7), (3, WIDTH), jnp.float64))
-        pre, post, carry = jax.jit(lambda *given: made.mixing(given[0], 2, given[1]))(sites, jnp.asarray(streams))
+        pre, post, carry = mixing(made, sites, 2, jnp.asarray(streams))
         x = streams.ravel() / np.sqrt((streams**2).mean() + EPS)
         gate, bias, projection = (np.asarray(getattr(sites, name)[...])[2] for name in ("gate", "bias", "projection"))
         logits = np.repeat(gate, [3, 3, len(bias) - 6]) * (x @ projection) + bias
@@ -110,7 +115,7 @@ def test_mixing_is_doubly_stochastic(rule, tolerance):
     made = make(rule)
     _, sites, _, _ = draw(made, jnp.float32)
     streams = jax.random.normal(jax.random.key(3), (3, 2, 5, WIDTH))
-    carry = jax.jit(lambda *given: made.mixing(given[0], 1, given[1]))(sites, streams).carry
+    carry = mixing(made, sites, 1, streams).carry
     assert carry.shape == (3, 3, 2, 5)
     assert float(carry.min()) >= 0
     np.testing.assert_allclose(carry.sum(1), 1, atol=1e-6)
