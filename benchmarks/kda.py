@@ -2,6 +2,7 @@
 
     python benchmarks/kda.py                       # 2048 tokens, 4 heads of 64, float32
     python benchmarks/kda.py --chunk=128 --group=4 --rounds=0
+    python benchmarks/kda.py --decays=100          # too strong to be taken from a chunk's middle
 
 Both forms run in turn, a round each; a ratio is that of the medians over the rounds. Forward and backward is a
 `jax.vjp` with given cotangents of all reads and of the final state, by all six inputs. Memory is what the compiled
@@ -28,7 +29,8 @@ TOKENS = flags.DEFINE_integer("tokens", 2048, "Tokens of the row.")
 HEADS = flags.DEFINE_integer("heads", 4, "Heads.")
 HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of keys and of values.")
 CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens of a chunk.")
-GROUP = flags.DEFINE_integer("group", None, "Chunks worked on at a time; by default what the layer takes.")
+GROUP = flags.DEFINE_integer("group", 8, "Chunks worked on at a time.")
+DECAYS = flags.DEFINE_float("decays", 1.0, "Factor of the log decays that an untrained layer has.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; 0 measures memory and compile time alone.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -84,7 +86,7 @@ def make_arguments() -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]
     normal = [jax.random.normal(key, (*row, heads, width)) for key in keys[:3]]
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in normal[:2])
     step = jnp.exp(jax.random.uniform(keys[3], (*row, heads, width), minval=np.log(1e-3), maxval=np.log(1e-1)))
-    log_decay = -step * jnp.linspace(1, 16, heads)[:, None]
+    log_decay = -DECAYS.value * step * jnp.linspace(1, 16, heads)[:, None]
     beta = jax.nn.sigmoid(jax.random.normal(keys[4], (*row, heads)))
     state, state_bar = (jax.random.normal(key, (1, heads, width, width)) for key in keys[5:7])
     return (q, k, normal[2], log_decay, beta, state), (jax.random.normal(keys[7], normal[2].shape), state_bar)

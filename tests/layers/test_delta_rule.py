@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 from numerics import worst
 
-from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step
+from attnres_jax.layers import delta_middle, delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step
+from attnres_jax.layers.delta_algebra import Plan
 
 LENGTHS = (1, 63, 64, 65)
-FORGETTING = ("mild", "slow", "strong", "mixed")
+FORGETTING = ("mild", "slow", "edge", "strong", "mixed")
+FROM_MIDDLE = {"none", "mild", "slow", "edge"}  # the others are taken level by level
 
 
 @pytest.fixture
@@ -26,7 +28,14 @@ def unit(x):
 
 
 def log_decays(rng, kind, shape):
-    """Up to 200 a step; `mixed` puts steps of 200 next to steps of 0.001, where a difference of sums has no digits."""
+    """Up to 200 a step; `mixed` puts steps of 200 next to steps of 0.001, where a difference of sums has no digits.
+
+    `edge` does the same within what is still taken from a chunk's middle: one step of 39 in every half of 64 tokens.
+    """
+    if kind == "edge":
+        steps = rng.exponential(0.01, shape)
+        steps[:, rng.integers(0, 32) :: 32] = 39
+        return -steps
     if kind == "mixed":
         return -np.where(rng.random(shape) < 0.2, rng.uniform(0, 200, shape), rng.exponential(0.01, shape))
     return (
@@ -103,9 +112,26 @@ def test_chunks_equal_the_recurrence_in_float64(x64, length, kind):
     assert worst(with_gradients(delta_rule_chunkwise, inputs), expected) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["none", *FORGETTING])
+def test_which_form_takes_which_decays(kind):
+    log_decay = jnp.asarray(example(128, kind)[3], jnp.float32)
+    assert bool(delta_middle.is_mild(Plan(64, 2, 1), log_decay, jnp.float32)) == (kind in FROM_MIDDLE)
+    assert not delta_middle.is_mild(Plan(64, 2, 1), log_decay.at[1, 70, 1, 3].set(-jnp.inf), jnp.float32)
+
+
+@pytest.mark.parametrize("kind", ["none", "mild"])
+def test_levels_take_mild_decays_too(x64, kind, monkeypatch):
+    monkeypatch.setattr(delta_middle, "is_mild", lambda *_: jnp.asarray(False))
+    inputs = example(150, kind)
+    by_level = lambda *inputs: delta_rule_chunkwise(*inputs)  # noqa: E731  (a program of its own)
+    expected = with_gradients(delta_rule_recurrence, inputs)
+    assert worst(with_gradients(by_level, inputs), expected) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
 @pytest.mark.parametrize(("chunk", "group"), [(2, 3), (16, 1), (32, 2), (64, 8), (128, 1)])
-def test_any_chunk_and_group(x64, chunk, group):
-    inputs = example(150, "mixed", batch=1)
+def test_any_chunk_and_group(x64, chunk, group, kind):
+    inputs = example(150, kind, batch=1)
     form = functools.partial(delta_rule_chunkwise, chunk=chunk, group=group)
     assert worst(with_gradients(form, inputs), with_gradients(delta_rule_recurrence, inputs)) < 1e-12
 
@@ -125,6 +151,19 @@ def test_float32_chunks_against_the_float64_recurrence(length, kind, equal_keys)
     assert worst(jax.tree.map(np.float64, found), expected) < 1e-5
 
 
+def test_small_numbers_keep_their_digits():
+    """Decays at the edge of the middle form, and numbers as loss scales and the ends of trainings have them."""
+    *row, state = example(130, "edge")
+    inputs = [jnp.asarray(x, jnp.float32) for x in (*row[:2], 1e-12 * row[2], *row[3:], 1e-12 * state)]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def gradients(form, *inputs):
+        return jax.grad(lambda *x: 1e-9 * sum(jnp.sum(jnp.cos(3e12 * y)) for y in form(*x)), argnums=range(6))(*inputs)
+
+    expected = gradients(delta_rule_recurrence, *inputs)
+    assert worst(gradients(delta_rule_chunkwise, *inputs), expected) < 2e-5
+
+
 @pytest.mark.parametrize("value", [-200.0, -1e6, -np.inf])
 def test_everything_forgotten_at_every_step(value):
     """A token then reads its own value alone; no gradient is NaN."""
@@ -139,11 +178,14 @@ def test_everything_forgotten_at_every_step(value):
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("form", [delta_rule_recurrence, delta_rule_chunkwise])
-def test_packed_documents_equal_the_same_documents_alone(x64, form):
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [(delta_rule_recurrence, "mixed"), (delta_rule_chunkwise, "mixed"), (delta_rule_chunkwise, "mild")],
+)
+def test_packed_documents_equal_the_same_documents_alone(x64, form, kind):
     """Values and gradients; documents that end inside a chunk, at its end, and of one token."""
     lengths = [5, 59, 1, 64, 20, 1]
-    inputs = example(sum(lengths), "mixed", batch=1)
+    inputs = example(sum(lengths), kind, batch=1)
     segment_ids = jnp.asarray(np.repeat([7, 3, 4, 7, 2, 9], lengths))[None]
     (read, state), packed = with_gradients(form, inputs, segment_ids)
     starts = np.cumsum([0, *lengths])
