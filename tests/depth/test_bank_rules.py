@@ -1,6 +1,8 @@
 """Rules that read a bank: where they start, and what their papers say of them."""
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from numerics import worst
 from toy_stacks import SUBLAYERS, draw, plain, scanned
@@ -9,7 +11,8 @@ from attnres_jax.depth import Residual
 from attnres_jax.depth.delta import Delta
 from attnres_jax.depth.delta_block import DeltaBlock
 from attnres_jax.depth.denseformer import DenseFormer
-from attnres_jax.depth.rms_block import RMSBlock
+from attnres_jax.depth.reference import unit_rms
+from attnres_jax.depth.rms_block import RMSBlock, normalised
 
 
 def test_denseformer_starts_as_the_residual_sum():
@@ -49,3 +52,22 @@ def test_rms_block_completed_blocks_do_not_depend_on_the_scale_of_an_output():
         larger = [*own[:-1], lambda h: 10 * own[-1](h)]
         results = [rule.plain(sites, embedding, sublayers).inputs[-1] for sublayers in (own, larger)]
         assert worst(*results) < 1e-13
+
+
+def test_a_normalised_output_has_the_plain_gradient_and_is_kept_once():
+    with jax.enable_x64(True):
+        y, bar = np.random.default_rng(0).normal(size=(2, 3, 5, 16))
+        _, plain_pullback = jax.vjp(lambda y: unit_rms(y, 1e-2), y)
+        read, pullback = jax.vjp(lambda y: normalised(y, 1e-2), y)
+        assert worst((read, pullback(bar)), (unit_rms(y, 1e-2), plain_pullback(bar))) < 1e-14
+        assert sum(x.size for x in jax.tree.leaves(pullback)) == y.size + y[..., 0].size
+
+
+def test_a_normalised_output_of_half_precision_is_rounded_once():
+    y = jnp.asarray(np.random.default_rng(1).normal(size=(7, 32)), jnp.bfloat16)
+    wide = y.astype(jnp.float32)
+    read, pullback = jax.vjp(lambda y: normalised(y, 1e-6), y)
+    _, wide_pullback = jax.vjp(lambda y: normalised(y, 1e-6), wide)
+    assert read.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(read, normalised(wide, 1e-6).astype(jnp.bfloat16))
+    np.testing.assert_array_equal(*(x.astype(jnp.bfloat16) for (x,) in (pullback(read), wide_pullback(wide * 0 + read))))
