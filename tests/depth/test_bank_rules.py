@@ -56,7 +56,7 @@ def test_rms_block_completed_blocks_do_not_depend_on_the_scale_of_an_output():
 
 def test_a_normalised_output_has_the_plain_gradient_and_is_kept_once():
     with jax.enable_x64(True):
-        y, bar = np.random.default_rng(0).normal(size=(2, 3, 5, 16))
+        y, bar = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 16)))
         _, plain_pullback = jax.vjp(lambda y: unit_rms(y, 1e-2), y)
         read, pullback = jax.vjp(lambda y: normalised(y, 1e-2), y)
         assert worst((read, pullback(bar)), (unit_rms(y, 1e-2), plain_pullback(bar))) < 1e-14
