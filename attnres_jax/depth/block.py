@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from attnres_jax.depth.operator import (
     State,
     dots,
+    folded,
     logits_and_rms,
     logits_transpose,
     merge_sources,
@@ -294,7 +295,9 @@ class Block:
         # Site 0 has one source, so its query changes nothing: as a constant it also gets exactly zero gradient, and no
         # rounding residue.
         queries = take(sites.query[...].at[0].set(0.0))
-        return queries, take(sites.key_scale[...]) if self.options.key_norm else None
+        if self.grouped:
+            return queries, take(sites.key_scale[...]) if self.options.key_norm else None
+        return folded(queries, take(sites.key_scale[...]))
 
     def scores(
         self, scoring: PyTree, source: Array, index: int | Int[Array, ""]
@@ -306,7 +309,7 @@ class Block:
             return jnp.broadcast_to(column, (len(column), *source.shape[:-1])), None
         if self.grouped:
             return group_logits(source, *scoring, self.eps), None
-        return logits_and_rms(source, *scoring, self.eps)
+        return logits_and_rms(source, scoring, self.eps)
 
     def scores_transpose(
         self, scoring: PyTree, slot: Bank, index: int | Int[Array, ""], logits_bar: Float[Array, "S *batch"]
@@ -316,8 +319,7 @@ class Block:
             score = lambda scoring, source: self.scores(scoring, source, index)[0]  # noqa: E731
             scoring_bar, value_bar = jax.vjp(score, scoring, slot.values)[1](logits_bar)
             return value_bar, scoring_bar
-        value_bar, *scoring_bar = logits_transpose(slot.values, *scoring, slot.rms, slot.logits, logits_bar)
-        return value_bar, tuple(scoring_bar)
+        return logits_transpose(slot.values, scoring, slot.rms, slot.logits, logits_bar)
 
     def at_sites(self, bank: Bank, place: Place) -> Bank:
         """Of the slots in `place.window` the logits at the sites of `place`; the values as they are."""

@@ -139,57 +139,57 @@ def depth_logits(
     sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], key_scales: Float[Array, "S D"], eps: float
 ) -> Float[Array, "S *batch"]:
     """The logits queries . (key_scales * RMSNorm(sources)) of every source at S sites, float32 (eq. 2)."""
-    return logits_and_rms(sources, queries, key_scales, eps)[0]
+    return logits_and_rms(sources, folded(queries, key_scales), eps)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def folded(queries: Float[Array, "S D"], key_scales: Float[Array, "S D"]) -> Float[Array, "S D"]:
+    """What of both enters a logit: w . (g * v) = (w * g) . v; wide also where both are kept in bfloat16."""
+    return wide(queries) * wide(key_scales)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def logits_and_rms(
-    sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], key_scales: Float[Array, "S D"], eps: float
+    sources: Float[Array, "*batch D"], queries: Float[Array, "S D"], eps: float
 ) -> tuple[Float[Array, "S *batch"], Float[Array, "*batch"]]:
-    """`depth_logits`, and the `reciprocal_rms` in them: with both, `logits_transpose` needs no forward pass."""
-    return _logits_forward(sources, queries, key_scales, eps)[0]
+    """`depth_logits` of `folded` queries, and the `reciprocal_rms` in them: with both, `logits_transpose` needs no
+    forward pass."""
+    return _logits_forward(sources, queries, eps)[0]
 
 
-def _logits_forward(sources, queries, key_scales, eps):
+def _logits_forward(sources, queries, eps):
     # Without batch axes of one: XLA on CPU would copy a slot of a bank twice, for the product and for the mean square.
     *batch, width = sources.shape
     values = wide(sources).reshape(*(n for n in batch if n != 1), width)
-    folded, rms = _folded(queries, key_scales, values.dtype), reciprocal_rms(values, eps)
-    logits = jnp.moveaxis(jnp.einsum("...d,sd->...s", values, folded, precision=HIGHEST), -1, 0) * rms
+    rms = reciprocal_rms(values, eps)
+    logits = jnp.einsum("...d,sd->...s", values, queries.astype(values.dtype), precision=HIGHEST)
+    logits = jnp.moveaxis(logits, -1, 0) * rms
     logits, rms = logits.reshape(len(queries), *batch), rms.reshape(batch)
-    return (logits, rms), (sources, queries, key_scales, rms, logits)
+    return (logits, rms), (sources, queries, rms, logits)
 
 
 def logits_transpose(
     sources: Float[Array, "*batch D"],
     queries: Float[Array, "S D"],
-    key_scales: Float[Array, "S D"],
     rms: Float[Array, "*batch"],
     logits: Float[Array, "S *batch"],
     logits_bar: Float[Array, "S *batch"],
-) -> tuple[Float[Array, "*batch D"], Float[Array, "S D"], Float[Array, "S D"]]:
-    """The backward pass of `logits_and_rms` from its results: the cotangents of sources, queries and key scales."""
+) -> tuple[Float[Array, "*batch D"], Float[Array, "S D"]]:
+    """The backward pass of `logits_and_rms` from its results: the cotangents of sources and folded queries.
+
+    Where it is called source by source, nothing but a sum over tokens may be left to do with the latter: over devices,
+    the compiler then adds them up once, and not in every turn of the loop.
+    """
     values = wide(sources)
-    folded = _folded(queries, key_scales, values.dtype)
     scaled = logits_bar * rms
     # d logit / d v = rms (w g - v rms logit / D): the second term is the derivative of the normalisation.
     along = jnp.sum(scaled * logits, axis=0) * rms / sources.shape[-1]
     # Not as a product, for which a TPU would copy a bank that `mix_transpose` reads into another layout.
-    sources_bar = sum(s[..., None] * f for s, f in zip(scaled, folded, strict=True)) - along[..., None] * values
-    folded_bar = jnp.einsum("s...,...d->sd", scaled, values, precision=HIGHEST)
-    return (
-        sources_bar.astype(sources.dtype),
-        (folded_bar * key_scales).astype(queries.dtype),
-        (folded_bar * queries).astype(key_scales.dtype),
-    )
+    sources_bar = sum(s[..., None] * w for s, w in zip(scaled, queries.astype(values.dtype), strict=True))
+    queries_bar = jnp.einsum("s...,...d->sd", scaled, values, precision=HIGHEST)
+    return (sources_bar - along[..., None] * values).astype(sources.dtype), queries_bar.astype(queries.dtype)
 
 
 logits_and_rms.defvjp(_logits_forward, lambda eps, saved, bars: logits_transpose(*saved, bars[0]))
-
-
-def _folded(queries, key_scales, dtype):
-    """Only the product enters: w . (g * v) = (w * g) . v; wide also where both are kept in bfloat16."""
-    return queries.astype(dtype) * key_scales.astype(dtype)
 
 
 def reciprocal_rms(sources: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch"]:

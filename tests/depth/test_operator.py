@@ -7,7 +7,7 @@ import pytest
 from numerics import worst
 
 from attnres_jax.depth import depth_attention, inter_block, merge, normalise
-from attnres_jax.depth.operator import depth_logits, logits_and_rms, logits_transpose
+from attnres_jax.depth.operator import depth_logits, folded, logits_and_rms, logits_transpose
 from attnres_jax.depth.reference import plain_depth_attention
 from attnres_jax.depth.weighting import group_logits
 
@@ -129,15 +129,16 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
 
 def test_the_backward_pass_of_logits_from_what_they_returned():
     sources, queries, key_scales, _ = draw(5, 3)
-    logits, rms = logits_and_rms(sources, queries, key_scales, 1e-6)
+    queries = folded(queries, key_scales)
+    logits, rms = logits_and_rms(sources, queries, 1e-6)
     logits_bar = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
 
-    def plain(sources, queries, key_scales):
+    def plain(sources, queries):
         keys = sources / jnp.sqrt(jnp.mean(sources**2, axis=-1, keepdims=True) + 1e-6)
-        return jnp.einsum("...d,sd->s...", keys, queries * key_scales)
+        return jnp.einsum("...d,sd->s...", keys, queries)
 
-    _, expected = jax.vjp(plain, sources, queries, key_scales)
-    given = (sources, queries, key_scales, rms, logits, logits_bar)
+    _, expected = jax.vjp(plain, sources, queries)
+    given = (sources, queries, rms, logits, logits_bar)
     for ours, theirs in zip(logits_transpose(*given), expected(logits_bar), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     # One product, for the cotangent of the queries, and none of a forward pass.

@@ -224,6 +224,16 @@ def test_flagship_configs_fit(config, topology):
     assert "unknown length" not in run.stdout and "no program" not in run.stdout
 
 
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("rule", ["block", "full"])
+def test_what_queries_are_due_is_added_up_over_devices_once_a_block(rule):
+    """Not in every turn of the loop over sources, whose number is not known."""
+    run = run_plan(f"--config=configs/tiny.py:residual={rule}", "--topology=v5p:2x2x1")
+    assert run.returncode == 0 and "data: all-reduce" in run.stdout
+    assert "unknown length" not in run.stdout
+
+
 K3 = """model.width=512 model.num_heads=4 model.kda.num_heads=4 model.mlp_width=1024 model.vocab_size=8192
     model.mla.query_rank=128 model.mla.latent_dim=128 model.moe.num_experts=32 model.moe.experts_per_token=4
     model.moe.expert_width=128 model.moe.latent_width=256 data.sequence_length=2048 data.batch_size=8
