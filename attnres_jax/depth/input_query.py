@@ -11,9 +11,8 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax.depth.bank import WholeBank
 from attnres_jax.depth.block import Block
-from attnres_jax.depth.operator import HIGHEST, State, mix, slot_at, wide
+from attnres_jax.depth.operator import HIGHEST, State, mix, slot_at, unit_rms, wide
 from attnres_jax.depth.options import Options
-from attnres_jax.depth.reference import unit_rms
 from attnres_jax.depth.scan import Place, Sublayer
 from attnres_jax.depth.sites import Sites
 from attnres_jax.depth.weighting import group_logits

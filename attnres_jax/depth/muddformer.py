@@ -17,9 +17,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from attnres_jax.depth.bank import WholeBank
-from attnres_jax.depth.operator import HIGHEST, mix, slot_at, wide
+from attnres_jax.depth.operator import HIGHEST, mix, slot_at, unit_rms, wide
 from attnres_jax.depth.options import DEFAULTS, Options
-from attnres_jax.depth.reference import Plain, unit_rms
+from attnres_jax.depth.reference import Plain
 from attnres_jax.depth.scan import Place, Sublayer
 
 

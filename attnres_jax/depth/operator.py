@@ -198,6 +198,27 @@ def reciprocal_rms(sources: Float[Array, "*batch D"], eps: float) -> Float[Array
     return jax.lax.stop_gradient(jax.lax.rsqrt(jnp.mean(values * values, axis=-1) + eps))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def unit_rms(y: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
+    """An output divided by its root mean square; for its backward pass it keeps `y` and one number a token."""
+    return _unit_rms_forward(y, eps)[0]
+
+
+def _unit_rms_forward(y, eps):
+    rms = reciprocal_rms(y, eps)
+    return (wide(y) * rms[..., None]).astype(y.dtype), (y, rms)
+
+
+def _unit_rms_backward(eps, saved, bar):
+    y, rms = saved
+    values, bar = wide(y), wide(bar)
+    along = dots([(bar, values)])[0] * rms * rms / y.shape[-1]
+    return ((rms[..., None] * (bar - along[..., None] * values)).astype(y.dtype),)
+
+
+unit_rms.defvjp(_unit_rms_forward, _unit_rms_backward)
+
+
 def exponents(
     logits: Float[Array, "N S *batch"], num_valid: int | Int[Array, ""]
 ) -> tuple[Float[Array, "N S *batch"], Float[Array, "S *batch"], Float[Array, "S *batch"]]:

@@ -5,14 +5,12 @@ the partial sum that the sites inside the block read, stay raw. The released cod
 short last block is completed like the others.
 """
 
-import functools
 from collections.abc import Sequence
 
-import jax
 from jaxtyping import Array, Float
 
 from attnres_jax.depth.block import Block
-from attnres_jax.depth.operator import State, dots, reciprocal_rms, wide
+from attnres_jax.depth.operator import State, unit_rms
 from attnres_jax.depth.options import DEFAULTS, Options
 from attnres_jax.depth.reference import Plain, plain_attention_residuals
 from attnres_jax.depth.scan import Place, Sublayer
@@ -30,11 +28,11 @@ class RMSBlock(Block):
     def block(self, sites: Sites, stream: None, view: tuple[State, ...], place: Place, sublayers: Sequence[Sublayer]):
         """Phase 2 with the raw partial sum; the source is the sum of the normalised outputs."""
         partial = sublayers[0](self.join(self.summed(self.mixed(sites, view, place, 0, ()), place.num_valid)))
-        completed = normalised(partial, self.eps)
+        completed = unit_rms(partial, self.eps)
         for i, sublayer in enumerate(sublayers[1:], 1):
             mixed = self.mixed(sites, view, place, i, (self.split(partial),))
             y = sublayer(self.join(self.summed(mixed, place.num_valid + 1)))
-            partial, completed = partial + y, completed + normalised(y, self.eps)
+            partial, completed = partial + y, completed + unit_rms(y, self.eps)
         return None, (), completed
 
     def plain(self, sites: Sites, embedding: Float[Array, "*batch D"], sublayers: Sequence[Sublayer]) -> Plain:
@@ -42,24 +40,3 @@ class RMSBlock(Block):
         return plain_attention_residuals(
             sites, embedding, sublayers, self.block_size, self.eps, self.options, normalise_outputs=True
         )
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def normalised(y: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
-    """`unit_rms`, which for its backward pass keeps `y` and one number a token."""
-    return _normalised_forward(y, eps)[0]
-
-
-def _normalised_forward(y, eps):
-    rms = reciprocal_rms(y, eps)
-    return (wide(y) * rms[..., None]).astype(y.dtype), (y, rms)
-
-
-def _normalised_backward(eps, saved, bar):
-    y, rms = saved
-    values, bar = wide(y), wide(bar)
-    along = dots([(bar, values)])[0] * rms * rms / y.shape[-1]
-    return ((rms[..., None] * (bar - along[..., None] * values)).astype(y.dtype),)
-
-
-normalised.defvjp(_normalised_forward, _normalised_backward)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from attnres_jax.layers import delta_levels, delta_middle
 from attnres_jax.layers.delta_algebra import Plan
-from attnres_jax.layers.delta_rule import document_starts, start_state
+from attnres_jax.layers.delta_rule import at_starts, document_starts, start_state
 
 
 def delta_rule_chunkwise(
@@ -108,7 +108,7 @@ def _chunkwise_backward(plan, residuals, bars):
         lambda: delta_middle.backward(plan, mild, starts, saved, bars),
         lambda: delta_levels.backward(plan, strong, saved, bars),
     )
-    row_bars[3] = _at_starts(starts, row_bars[3], 0)
+    row_bars[3] = at_starts(starts, row_bars[3], 0.0)
     return *row_bars, None, state_bar
 
 
@@ -117,8 +117,4 @@ _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 def _with_boundaries(row, starts):
     """The row as the two forms take it: a document's first token keeps all, for a mask separates it, or nothing."""
-    return tuple((*row[:3], _at_starts(starts, row[3], value), row[4]) for value in (0, -jnp.inf))
-
-
-def _at_starts(starts, log_decay, value):
-    return log_decay if starts is None else jnp.where(starts[..., None, None], value, log_decay)
+    return tuple((*row[:3], at_starts(starts, row[3], value), row[4]) for value in (0.0, -jnp.inf))

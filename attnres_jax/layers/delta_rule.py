@@ -56,7 +56,8 @@ def delta_rule_recurrence(
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """A scan of `delta_rule_step` over the row: the reference. Arguments as of `delta_rule_chunkwise`."""
-    log_decay = reset_at_documents(log_decay, segment_ids)
+    if segment_ids is not None:
+        log_decay = at_starts(document_starts(segment_ids), log_decay, -jnp.inf)
     state = start_state(v, log_decay, initial_state)
 
     def token(state, inputs):
@@ -74,16 +75,14 @@ def document_starts(segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
     return jnp.pad(starts, ((0, 0), (1, 0)))
 
 
-def reset_at_documents(
-    log_decay: Float[Array, "B T H K"], segment_ids: Int[Array, "B T"] | None
+def at_starts(
+    starts: Bool[Array, "B T"] | None, log_decay: Float[Array, "B T H K"], value: float
 ) -> Float[Array, "B T H K"]:
-    """The log decay with -inf where a document begins: nothing is kept.
+    """The log decay with `value` where a document begins. -inf keeps nothing.
 
     Exact, and of no harm to its neighbours, as long as log decays are only ever added and never subtracted.
     """
-    if segment_ids is None:
-        return log_decay
-    return jnp.where(document_starts(segment_ids)[..., None, None], -jnp.inf, log_decay)
+    return log_decay if starts is None else jnp.where(starts[..., None, None], value, log_decay)
 
 
 def start_state(

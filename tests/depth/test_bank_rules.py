@@ -11,8 +11,9 @@ from attnres_jax.depth import Residual
 from attnres_jax.depth.delta import Delta
 from attnres_jax.depth.delta_block import DeltaBlock
 from attnres_jax.depth.denseformer import DenseFormer
-from attnres_jax.depth.reference import unit_rms
-from attnres_jax.depth.rms_block import RMSBlock, normalised
+from attnres_jax.depth.operator import unit_rms
+from attnres_jax.depth.reference import unit_rms as plain_unit_rms
+from attnres_jax.depth.rms_block import RMSBlock
 
 
 def test_denseformer_starts_as_the_residual_sum():
@@ -57,17 +58,17 @@ def test_rms_block_completed_blocks_do_not_depend_on_the_scale_of_an_output():
 def test_a_normalised_output_has_the_plain_gradient_and_is_kept_once():
     with jax.enable_x64(True):
         y, bar = jnp.asarray(np.random.default_rng(0).normal(size=(2, 3, 5, 16)))
-        _, plain_pullback = jax.vjp(lambda y: unit_rms(y, 1e-2), y)
-        read, pullback = jax.vjp(lambda y: normalised(y, 1e-2), y)
-        assert worst((read, pullback(bar)), (unit_rms(y, 1e-2), plain_pullback(bar))) < 1e-14
+        _, plain_pullback = jax.vjp(lambda y: plain_unit_rms(y, 1e-2), y)
+        read, pullback = jax.vjp(lambda y: unit_rms(y, 1e-2), y)
+        assert worst((read, pullback(bar)), (plain_unit_rms(y, 1e-2), plain_pullback(bar))) < 1e-14
         assert sum(x.size for x in jax.tree.leaves(pullback)) == y.size + y[..., 0].size
 
 
 def test_a_normalised_output_of_half_precision_is_rounded_once():
     y = jnp.asarray(np.random.default_rng(1).normal(size=(7, 32)), jnp.bfloat16)
     wide = y.astype(jnp.float32)
-    read, pullback = jax.vjp(lambda y: normalised(y, 1e-6), y)
-    wide_read, wide_pullback = jax.vjp(lambda y: normalised(y, 1e-6), wide)
+    read, pullback = jax.vjp(lambda y: unit_rms(y, 1e-6), y)
+    wide_read, wide_pullback = jax.vjp(lambda y: unit_rms(y, 1e-6), wide)
     assert read.dtype == jnp.bfloat16
     np.testing.assert_array_equal(read, wide_read.astype(jnp.bfloat16))
     (bar,), (wide_bar,) = pullback(read), wide_pullback(read.astype(jnp.float32))

@@ -128,8 +128,8 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
 
 
 def test_the_backward_pass_of_logits_from_what_they_returned():
-    sources, queries, key_scales, _ = draw(5, 3)
-    queries = folded(queries, key_scales)
+    sources, unfolded, key_scales, _ = draw(5, 3)
+    queries = folded(unfolded, key_scales)
     logits, rms = logits_and_rms(sources, queries, 1e-6)
     logits_bar = jnp.cos(jnp.arange(logits.size, dtype=jnp.float32)).reshape(logits.shape)
 
@@ -140,6 +140,10 @@ def test_the_backward_pass_of_logits_from_what_they_returned():
     _, expected = jax.vjp(plain, sources, queries)
     given = (sources, queries, rms, logits, logits_bar)
     for ours, theirs in zip(logits_transpose(*given), expected(logits_bar), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+    _, pullback = jax.vjp(lambda *given: depth_logits(*given, 1e-6), sources, unfolded, key_scales)
+    _, expected = jax.vjp(lambda v, w, g: plain(v, w * g), sources, unfolded, key_scales)
+    for ours, theirs in zip(pullback(logits_bar), expected(logits_bar), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
     # One product, for the cotangent of the queries, and none of a forward pass.
     assert jax.jit(logits_transpose).lower(*given).as_text().count("dot_general") == 1
