@@ -76,8 +76,11 @@ def mesh_platform() -> str | None:
     return device and device.platform
 
 
-def per_shard(f: Callable, ins: Sequence[PartitionSpec], outs: Any) -> Callable:
-    """`f` on each device's own part of its arguments, split as `ins` say; what it returns is put together by `outs`."""
+def per_shard(f: Callable, ins: Sequence[Any], outs: Any) -> Callable:
+    """`f` on each device's own part of its arguments, split as `ins` say; what it returns is put together by `outs`.
+
+    Both are partition specs, or trees of them where arguments are trees.
+    """
     names = set(_mesh_axes())
     return jax.shard_map(f, in_specs=tuple(ins), out_specs=outs, axis_names=names, check_vma=False)
 

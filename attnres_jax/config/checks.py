@@ -22,6 +22,7 @@ from attnres_jax.config.schema import (
 )
 from attnres_jax.depth import REMAT_POLICIES, RULES, make_rule
 from attnres_jax.errors import ConfigError
+from attnres_jax.layers import softmax_attention
 from attnres_jax.layers.expert_exchange import EXCHANGES
 from attnres_jax.layers.experts import IMPLEMENTATIONS
 from attnres_jax.layers.mlp import GATES
@@ -89,7 +90,7 @@ def validate_model(model: ModelConfig) -> None:
     _positive("model", model, "max_length", "rope_theta", "norm_eps")
     _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
     _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
-    _one_of("model.attention", model.attention, ("auto", "xla", "cudnn"))
+    _one_of("model.attention", model.attention, softmax_attention.IMPLEMENTATIONS)
     _one_of("model.experts", model.experts, IMPLEMENTATIONS)
     _one_of("model.expert_exchange", model.expert_exchange, EXCHANGES)
     _not_negative("model", model, "expert_capacity")

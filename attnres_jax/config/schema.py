@@ -138,7 +138,7 @@ class ModelConfig:
     remat: str = "none"
     """What a block keeps for its backward pass: everything (none), matmul outputs (dots), its input only (full)."""
     attention: str = "auto"
-    """Attention kernel of gqa: auto, xla or cudnn."""
+    """Kernel of gqa and mla: auto, xla, cudnn (gqa only) or splash (TPU); see `layers/softmax_attention.py`."""
     experts: str = "auto"
     """How the experts are multiplied: auto, ragged, sorted or dense; see `layers/experts.py`."""
     expert_exchange: str = "auto"

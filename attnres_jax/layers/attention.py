@@ -1,6 +1,5 @@
 """Grouped-query attention (Ainslie et al., 2023) with rotary embedding and optional q/k norm."""
 
-import jax
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -9,6 +8,7 @@ from attnres_jax.layers.context import Context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.norm import RMSNorm
 from attnres_jax.layers.rotary import rotate
+from attnres_jax.layers.softmax_attention import attend, implementation_for
 
 
 class GroupedQueryAttention(nnx.Module):
@@ -51,19 +51,5 @@ class GroupedQueryAttention(nnx.Module):
         query, key = rotate(query, context.cos, context.sin), rotate(key, context.cos, context.sin)
         query = constrain(query, "batch", "length", "heads", None)
         key, value = (constrain(y, "batch", None, "heads", None) for y in (key, value))
-        y = jax.nn.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=context.same_document,
-            is_causal=True,
-            implementation=attention_implementation(self.implementation, query.dtype),
-        )
+        y = attend(query, key, value, context, implementation=implementation_for(self.implementation, query))
         return constrain(self.out(constrain(y.reshape(*y.shape[:2], -1), "batch", "length", "heads")), *HIDDEN)
-
-
-def attention_implementation(name: str, dtype: jax.typing.DTypeLike) -> str:
-    """`auto` is cuDNN's fused kernel where it runs (half precision on an NVIDIA GPU), else XLA's own."""
-    if name != "auto":
-        return name
-    return "cudnn" if jax.default_backend() == "gpu" and dtype == "bfloat16" else "xla"

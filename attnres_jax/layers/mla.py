@@ -20,6 +20,7 @@ from attnres_jax.layers.context import Context
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.norm import RMSNorm
 from attnres_jax.layers.rotary import rotate
+from attnres_jax.layers.softmax_attention import attend, implementation_for
 
 
 class MLACache(NamedTuple):
@@ -53,6 +54,7 @@ class MLA(nnx.Module):
       latent_eps: of the norms of the latent and of the low-rank query: a class default at Hugging Face.
       scale_multiplier: for a context extended by YaRN: `YarnScaling.softmax_multiplier`.
       dtype: what the norms return, and everything is computed in; the softmax is float32.
+      implementation: of the full form's softmax: auto, splash, or anything else for XLA's, see `softmax_attention`.
       rngs: for the kernels.
     """
 
@@ -73,6 +75,7 @@ class MLA(nnx.Module):
         latent_eps: float = 1e-6,
         scale_multiplier: float = 1.0,
         dtype: str,
+        implementation: str = "auto",
         rngs: nnx.Rngs,
     ):
         queries = num_heads * (nope_dim + rope_dim)
@@ -94,6 +97,7 @@ class MLA(nnx.Module):
         self.rotary_interleaved = rotary_interleaved
         self.scale = (nope_dim + rope_dim) ** -0.5 * scale_multiplier
         self.dtype = dtype
+        self.implementation = implementation
 
     def __call__(self, h: Float[Array, "B T D"], context: Context) -> Float[Array, "B T D"]:
         """Attends within the row's documents; the full form."""
@@ -161,13 +165,23 @@ class MLA(nnx.Module):
         latent, shared_key = (constrain(y, "batch", None, None) for y in (latent, shared_key))
         expanded = self.expand(latent).reshape(*x.shape[:2], self.num_heads, -1)
         key, value = expanded[..., : self.nope_dim], expanded[..., self.nope_dim :]
-        seen = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))
-        seen = seen if context.same_document is None else seen & context.same_document
-        # The shared part enters as a product of its own: no copy of it for every head.
-        scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
-        weights = self._softmax(scores, shared_query, shared_key, seen).astype(x.dtype)
-        y = constrain(jnp.einsum("bhts,bshv->bthv", weights, value), "batch", "length", "heads", None)
+        if implementation_for(self.implementation, query) == "splash":
+            query = jnp.concatenate([query, shared_query], -1)
+            shared = jnp.broadcast_to(shared_key[:, :, None], (*key.shape[:-1], self.rope_dim))
+            key = jnp.concatenate([key, shared], -1)
+            y = attend(query, key, value, context, implementation="splash", scale=self.scale)
+        else:
+            y = self._attend_by_parts(query, shared_query, key, shared_key, value, context)
+        y = constrain(y, "batch", "length", "heads", None)
         return self._out(y, x), latent, shared_key
+
+    def _attend_by_parts(self, query, shared_query, key, shared_key, value, context):
+        """The shared part enters as a product of its own: no copy of it for every head."""
+        seen = jnp.tril(jnp.ones((query.shape[1], query.shape[1]), bool))
+        seen = seen if context.same_document is None else seen & context.same_document
+        scores = jnp.einsum("bthk,bshk->bhts", query, key, preferred_element_type=jnp.float32)
+        weights = self._softmax(scores, shared_query, shared_key, seen).astype(query.dtype)
+        return jnp.einsum("bhts,bshv->bthv", weights, value)
 
     def _queries(self, x, context):
         """[B, T, H, nope_dim] and [B, T, H, rope_dim]."""

@@ -221,6 +221,7 @@ def _mla(config: ModelConfig, rngs: nnx.Rngs) -> MLA:
         latent_eps=mla.latent_eps,
         scale_multiplier=scaling.softmax_multiplier if isinstance(scaling, YarnScaling) else 1.0,
         dtype=config.dtype,
+        implementation=config.attention,
         rngs=rngs,
     )
 

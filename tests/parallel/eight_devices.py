@@ -4,6 +4,7 @@ By itself: JAX_NUM_CPU_DEVICES=8 python -m pytest tests/parallel/eight_devices.p
 """
 
 import dataclasses
+import functools
 import re
 import shutil
 
@@ -28,6 +29,8 @@ from attnres_jax.config import (
 )
 from attnres_jax.data import load_text, train_iterator
 from attnres_jax.interop import load_pretrained
+from attnres_jax.layers import make_context
+from attnres_jax.layers.softmax_attention import attend
 from attnres_jax.models import Decoder, named_leaves
 from attnres_jax.parallel import (
     make_mesh,
@@ -212,6 +215,27 @@ def test_depth_gradients_are_summed_over_every_axis_that_splits_tokens(rule, axi
         own = [getattr(part, name)[...] for part in parts]
         assert relative(getattr(got.sites, name)[...], own[0] + own[1]) < 1e-5
         assert min(relative(part, own[0] + own[1]) for part in own) > 0.1
+
+
+def test_splash_attention_on_each_devices_own_queries():
+    """Rows, tokens and heads are split; interpreted."""
+    length, heads, kv_heads, width = 256, 4, 2, 8
+    sizes = {"data": 2, "context": 2, "tensor": 2}
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = ((2, length, n, width) for n in (heads, kv_heads, kv_heads))
+    arrays = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    segments = jnp.asarray(1 + (np.arange(length) >= np.array([[100], [250]])))
+
+    def loss(implementation, segments, arrays):
+        context = make_context(segments, segments, None, 8, 100.0)
+        return jnp.sum(jnp.sin(attend(*arrays, context, implementation=implementation)))
+
+    expected = jax.jit(jax.value_and_grad(functools.partial(loss, "xla", segments)))(arrays)
+    model = ModelConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=width)
+    with use_mesh(mesh_of(dataclasses.replace(model, max_length=length), **sizes)):
+        split = jax.jit(jax.value_and_grad(functools.partial(loss, "splash"), argnums=1))(segments, arrays)
+    for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
 
 
 def test_no_device_holds_more_of_the_bank_than_its_tokens():

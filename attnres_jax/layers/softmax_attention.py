@@ -1,0 +1,120 @@
+"""Causal softmax attention, by the kernel that suits the devices.
+
+splash    TPU: the blocked kernel that comes with JAX (jax.experimental.pallas.ops.tpu.splash_attention)
+cudnn     NVIDIA GPU, in half precision: cuDNN's
+xla       anywhere: XLA's own, and the only one that holds a score for each head and pair of tokens
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    BlockSizes,
+    CausalMask,
+    MultiHeadMask,
+    SegmentIds,
+    make_splash_mha,
+)
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from attnres_jax.axes import mesh_axes_of, mesh_platform, per_shard
+from attnres_jax.errors import ConfigError
+from attnres_jax.layers.context import Context
+
+IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+BLOCKS = (512, 256, 128)  # tokens of a block of splash attention, which takes no fewer than the last
+
+
+def attend(
+    query: Float[Array, "B T H K"],
+    key: Float[Array, "B T G K"],
+    value: Float[Array, "B T G V"],
+    context: Context,
+    *,
+    implementation: str,
+    scale: float | None = None,
+) -> Float[Array, "B T H V"]:
+    """What every token reads of the tokens of its document up to itself.
+
+    On a mesh each device has its own queries and heads, and of these the keys and values of all tokens.
+
+    Args:
+      query: of H heads.
+      key: of G heads, each for H / G successive ones of the queries.
+      value: as `key`; for xla and cudnn as wide as it, too.
+      context: what the documents are.
+      implementation: xla, cudnn or splash, which anything but a TPU interprets, slowly; see `implementation_for`.
+      scale: of the scores; None: 1 / sqrt(K).
+    """
+    if implementation == "splash":
+        scaled = query * (query.shape[-1] ** -0.5 if scale is None else scale)
+        return _splash(scaled, key, value, context.segment_ids)
+    mask = context.same_document
+    return jax.nn.dot_product_attention(
+        query, key, value, mask=mask, is_causal=True, scale=scale, implementation=implementation
+    )
+
+
+def implementation_for(name: str, query: Float[Array, "B T H K"]) -> str:
+    """`name`, or for `auto` what is fastest where the computation runs: on the devices of the mesh, if there is one.
+
+    Raises:
+      ConfigError: if it is splash, and there is no TPU, or a device's tokens do not come in blocks.
+    """
+    platform = _platform()
+    tokens = query.shape[1] // _parts(mesh_axes_of(length=query.shape[1]).get("length", ()))
+    in_blocks = tokens % BLOCKS[-1] == 0
+    if name == "splash" and platform != "tpu":
+        raise ConfigError(f"model.attention='splash' needs a TPU, and this is a {platform}; nearest: 'auto'")
+    if name == "splash" and not in_blocks:
+        raise ConfigError(
+            f"model.attention='splash' needs a multiple of {BLOCKS[-1]} tokens on a device, not {tokens}; "
+            "nearest: 'auto'"
+        )
+    if name != "auto":
+        return name
+    if platform == "tpu" and in_blocks:
+        return "splash"
+    return "cudnn" if platform == "gpu" and query.dtype == jnp.bfloat16 else "xla"
+
+
+def _splash(query, key, value, segment_ids: Int[Array, "B T"] | None):
+    batch, length, heads, _ = query.shape
+    documents = () if segment_ids is None else (segment_ids, segment_ids)
+    axes = mesh_axes_of(batch=batch, length=length, heads=heads)
+    if not axes:
+        return _on_one_device(_kernel(length, 1), query, key, value, *documents)
+    rows, tokens, by_head = axes["batch"], axes["length"], axes["heads"]
+    kernel = _kernel(length, _parts(tokens))
+    own_rows_of_mask = NamedSharding(jax.sharding.get_abstract_mesh(), P(None, tokens))
+    own, whole = P(rows, tokens, by_head, None), P(rows, None, by_head, None)
+    specs = (kernel.manual_sharding_spec(own_rows_of_mask), own, whole, whole, P(rows, tokens), P(rows, None))
+    specs = specs[: 4 + len(documents)]
+    return per_shard(_on_one_device, specs, own)(kernel, query, key, value, *documents)
+
+
+def _on_one_device(kernel, query, key, value, *documents):
+    by_head = (x.swapaxes(1, 2) for x in (query, key, value))
+    return jax.vmap(kernel)(*by_head, SegmentIds(*documents) if documents else None).swapaxes(1, 2)
+
+
+def _kernel(length: int, parts: int):
+    """Splash attention over so many tokens, cut into parts by the query."""
+    block = next(size for size in BLOCKS if length // parts % size == 0)
+    mask = MultiHeadMask([CausalMask((length, length), shard_count=parts)])  # of every head
+    sizes, interpret = BlockSizes(*(block,) * 8), _platform() != "tpu"
+    return make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+
+
+def _platform() -> str:
+    """Where the computation runs: not where it is traced, if there is a mesh."""
+    return mesh_platform() or jax.default_backend()
+
+
+def _parts(axes: tuple[str, ...]) -> int:
+    """Over how many devices these mesh axes go."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return math.prod(sizes[axis] for axis in axes)
