@@ -2,7 +2,7 @@
 
     python benchmarks/kda.py                       # 2048 tokens, 4 heads of 64, float32
     python benchmarks/kda.py --chunk=128 --group=4 --rounds=0
-    python benchmarks/kda.py --decays=100          # too strong to be taken from a chunk's middle
+    python benchmarks/kda.py --decays=100          # too strong to be taken from a tile's middle
 
 Both forms run in turn, a round each; a ratio is that of the medians over the rounds. Forward and backward is a
 `jax.vjp` with given cotangents of all reads and of the final state, by all six inputs. Memory is what the compiled
@@ -85,8 +85,9 @@ def make_arguments() -> tuple[tuple[jax.Array, ...], tuple[jax.Array, jax.Array]
     keys = jax.random.split(jax.random.key(0), 8)
     normal = [jax.random.normal(key, (*row, heads, width)) for key in keys[:3]]
     q, k = (x / jnp.linalg.norm(x, axis=-1, keepdims=True) for x in normal[:2])
-    step = jnp.exp(jax.random.uniform(keys[3], (*row, heads, width), minval=np.log(1e-3), maxval=np.log(1e-1)))
-    log_decay = -DECAYS.value * step * jnp.linspace(1, 16, heads)[:, None]
+    step = jnp.exp(jax.random.uniform(keys[3], (heads, width), minval=np.log(1e-3), maxval=np.log(1e-1)))
+    rate = DECAYS.value * jnp.linspace(1, 16, heads)[:, None]
+    log_decay = jnp.broadcast_to(-rate * step, normal[0].shape)
     beta = jax.nn.sigmoid(jax.random.normal(keys[4], (*row, heads)))
     state, state_bar = (jax.random.normal(key, (1, heads, width, width)) for key in keys[5:7])
     return (q, k, normal[2], log_decay, beta, state), (jax.random.normal(keys[7], normal[2].shape), state_bar)

@@ -28,6 +28,7 @@ from jax.experimental import topologies
 
 from attnres_jax.cli import launch
 from attnres_jax.errors import ConfigError
+from attnres_jax.parallel import one_device_mesh, use_mesh
 
 TOPOLOGIES = flags.DEFINE_list("topologies", ["v5p:2x2x1", "v6e:2x2"], "TPU slices; one device of each is used.")
 SCOPED_VMEM = flags.DEFINE_integer(
@@ -57,7 +58,8 @@ def main(arguments: list[str], overrides: list[str]) -> None:
             raise ConfigError(f"no TPU compiler for {name!r} (pip install -e '.[tpu]'): {reason}") from None
         base = None
         for arm in arms:
-            lowered = step.lower(arm, step.LAYERS.value, 2 * step.LAYERS.value // blocks, device)
+            with use_mesh(one_device_mesh(device)):  # or the attention would be this machine's
+                lowered = step.lower(arm, step.LAYERS.value, 2 * step.LAYERS.value // blocks, device)
             memory = lowered.compile(compiler_options=options).memory_analysis()
             base = memory.temp_size_in_bytes if base is None else base
             extra = (memory.temp_size_in_bytes - base) / activation

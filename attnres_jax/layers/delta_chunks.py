@@ -13,8 +13,8 @@ so only the last lines of a chunk wait for the chunk before it. (I + L)^-1 is me
 [[A', 0], [-B' X A', B']]: errors do not grow as they do in the Neumann series, which fails altogether for equal keys.
 
 exp(-G) overflows under an unbounded gate. So there are two forms, and a call takes, while it runs, the one that its
-decays allow: `delta_middle`, which takes all decays of a chunk from its middle, where no channel fades by more than
-exp(-40) in half a chunk; and `delta_levels`, at two thirds of the speed, for any.
+decays allow: `delta_tiles`, which takes the decays of 16 tokens from their middle, where no channel fades by more than
+exp(-40) in 8 tokens; and `delta_levels`, at two thirds of the speed, for any.
 """
 
 import functools
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.layers import delta_levels, delta_middle
+from attnres_jax.layers import delta_levels, delta_tiles
 from attnres_jax.layers.delta_algebra import Plan
 from attnres_jax.layers.delta_rule import at_starts, document_starts, start_state
 
@@ -85,10 +85,10 @@ def _chunkwise(plan, q, k, v, log_decay, beta, starts, state):
 def _forward(plan, row, starts, state, save):
     """By whichever form the decays allow, which it saves too: the backward pass must not come to another verdict."""
     mild, strong = _with_boundaries(row, starts)
-    is_mild = delta_middle.is_mild(plan, mild[3], state.dtype)
+    is_mild = delta_tiles.is_mild(plan, mild[3], state.dtype)
     out, saved = jax.lax.cond(
         is_mild,
-        lambda: delta_middle.forward(plan, mild, starts, state, save),
+        lambda: delta_tiles.forward(plan, mild, starts, state, save),
         lambda: delta_levels.forward(plan, strong, state, save),
     )
     return out, (is_mild, saved)
@@ -105,7 +105,7 @@ def _chunkwise_backward(plan, residuals, bars):
     mild, strong = _with_boundaries(row, starts)
     *row_bars, state_bar = jax.lax.cond(
         is_mild,
-        lambda: delta_middle.backward(plan, mild, starts, saved, bars),
+        lambda: delta_tiles.backward(plan, mild, starts, saved, bars),
         lambda: delta_levels.backward(plan, strong, saved, bars),
     )
     row_bars[3] = at_starts(starts, row_bars[3], 0.0)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from numerics import worst
 
-from attnres_jax.layers import delta_middle, delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step
+from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step, delta_tiles
 from attnres_jax.layers.delta_algebra import Plan
 
 LENGTHS = (1, 63, 64, 65)
 FORGETTING = ("mild", "slow", "edge", "strong", "mixed")
-FROM_MIDDLE = {"none", "mild", "slow", "edge"}  # the others are taken level by level
+IN_TILES = {"none", "mild", "slow", "edge"}  # the others are taken level by level
 
 
 @pytest.fixture
@@ -30,11 +30,11 @@ def unit(x):
 def log_decays(rng, kind, shape):
     """Up to 200 a step; `mixed` puts steps of 200 next to steps of 0.001, where a difference of sums has no digits.
 
-    `edge` does the same within what is still taken from a chunk's middle: one step of 39 in every half of 64 tokens.
+    `edge` does the same within what is still taken from a tile's middle: one step of 39 in every half of 16 tokens.
     """
     if kind == "edge":
         steps = rng.exponential(0.01, shape)
-        steps[:, rng.integers(0, 32) :: 32] = 39
+        steps[:, rng.integers(0, 8) :: 8] = 39
         return -steps
     if kind == "mixed":
         return -np.where(rng.random(shape) < 0.2, rng.uniform(0, 200, shape), rng.exponential(0.01, shape))
@@ -115,13 +115,15 @@ def test_chunks_equal_the_recurrence_in_float64(x64, length, kind):
 @pytest.mark.parametrize("kind", ["none", *FORGETTING])
 def test_which_form_takes_which_decays(kind):
     log_decay = jnp.asarray(example(128, kind)[3], jnp.float32)
-    assert bool(delta_middle.is_mild(Plan(64, 2, 1), log_decay, jnp.float32)) == (kind in FROM_MIDDLE)
-    assert not delta_middle.is_mild(Plan(64, 2, 1), log_decay.at[1, 70, 1, 3].set(-jnp.inf), jnp.float32)
+    assert bool(delta_tiles.is_mild(Plan(64, 2, 1), log_decay, jnp.float32)) == (kind in IN_TILES)
+    bounded = jnp.full_like(log_decay, -5)  # by Kimi K3's gate
+    assert delta_tiles.is_mild(Plan(64, 2, 1), bounded, jnp.float32)
+    assert not delta_tiles.is_mild(Plan(64, 2, 1), log_decay.at[1, 70, 1, 3].set(-jnp.inf), jnp.float32)
 
 
 @pytest.mark.parametrize("kind", ["none", "mild"])
 def test_levels_take_mild_decays_too(x64, kind, monkeypatch):
-    monkeypatch.setattr(delta_middle, "is_mild", lambda *_: jnp.asarray(False))
+    monkeypatch.setattr(delta_tiles, "is_mild", lambda *_: jnp.asarray(False))
     inputs = example(150, kind)
     by_level = lambda *inputs: delta_rule_chunkwise(*inputs)  # noqa: E731  (a program of its own)
     expected = with_gradients(delta_rule_recurrence, inputs)
@@ -152,7 +154,7 @@ def test_float32_chunks_against_the_float64_recurrence(length, kind, equal_keys)
 
 
 def test_small_numbers_keep_their_digits():
-    """Decays at the edge of the middle form, and numbers as loss scales and the ends of trainings have them."""
+    """Decays at the edge of the form in tiles, and numbers as loss scales and the ends of trainings have them."""
     *row, state = example(130, "edge")
     inputs = [jnp.asarray(x, jnp.float32) for x in (*row[:2], 1e-12 * row[2], *row[3:], 1e-12 * state)]
 

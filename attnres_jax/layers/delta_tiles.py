@@ -1,0 +1,342 @@
+"""The delta rule in chunks of mild decays: those of a tile of 16 tokens are all taken from the tile's middle.
+
+Notation of `delta_chunks`, with m_a = G of the last token of the first half of tile a. Token i of tile a and token j of
+tile b <= a meet with E_ij = exp(G_i - m_a) * exp(m_a - m_b) * exp(m_b - G_j). So, of
+
+    K_in = beta * exp(G - m) * K      Q_in = exp(G - m) * Q      K_out = exp(m - G) * K
+
+the rows of L and P in tile a are products of K_in and Q_in there with K_out, that of earlier tiles faded on to m_a.
+
+The exponents of these three are sums over at most half a tile, of either sign; up to `REACH` no factor and no product
+of two overflows, what is small keeps its digits, and rounding an exponent is an error of 41 * 2^-24 at worst. Every
+other factor is 1 at most, whatever the decays. A gate bounded by -5 a token, as Kimi K3's, stays below.
+
+A chunk may hold parts of several documents: pairs of different ones are masked, as is what a token of any but the first
+reads of S, and what a token of any but the last leaves in it.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from attnres_jax.layers import delta_algebra
+from attnres_jax.layers.delta_algebra import (
+    Plan,
+    dot,
+    everywhere,
+    lay_out,
+    level_masks,
+    matmul,
+    matmul_nt,
+    matmul_tn,
+    merge_inverse,
+    row_of,
+    state_precision,
+    tile_inverse,
+    tiles,
+)
+from attnres_jax.layers.delta_rule import HIGHEST
+
+TILE = 16
+REACH = 41.0  # exponents up to it: in float32 exp(41) times itself and a long sum of such stay finite
+
+
+class Inputs(NamedTuple):
+    """A group of G chunks, chunk first since states pass from one to the next."""
+
+    q: Float[Array, "G B H C K"]
+    """q / sqrt(K)"""
+    k: Float[Array, "G B H C K"]
+    v: Float[Array, "G B H C V"]
+    log_decay: Float[Array, "G B H C K"]
+    beta: Float[Array, "G B H C 1"]
+    starts: Bool[Array, "G B 1 C"] | None
+    """Where documents begin; None: nowhere."""
+
+
+class Faded(NamedTuple):
+    """What the products are of."""
+
+    k_in: Float[Array, "G B H C K"]
+    q_in: Float[Array, "G B H C K"]
+    k_out: Float[Array, "G B H C K"]
+    from_middle: Float[Array, "G B H C K"]
+    """exp(G_i - m)"""
+    to_token: Float[Array, "G B H C K"]
+    """exp(m - G_i)"""
+    between: Float[Array, "G B H tiles K"]
+    """exp(m_a - m_(a-1)), of the first tile exp(m_0)"""
+    before: Float[Array, "G B H C K"]
+    """exp(m), of a token's tile."""
+    after: Float[Array, "G B H C K"]
+    """exp(G_C - m)"""
+    whole: Float[Array, "G B H K 1"]
+    """exp(G_C)"""
+
+
+class Documents(NamedTuple):
+    """Who has to do with whom, as factors 0 and 1 but for `same`; where no document begins, plain numbers."""
+
+    same: Bool[Array, "G B 1 C C"] | bool
+    first: Float[Array, "G B 1 C 1"] | float
+    """Tokens of the document that the chunk begins with."""
+    last: Float[Array, "G B 1 C 1"] | float
+    """Tokens of the one that it ends with."""
+    whole: Float[Array, "G B 1 1 1"] | float
+    """Whether it is one document's."""
+
+
+def is_mild(plan: Plan, log_decay: Float[Array, "B T H K"], dtype) -> Bool[Array, ""]:
+    """Whether no channel fades by more than exp(-REACH) in half a tile."""
+    half = _tile(plan.size) // 2
+    sums = jnp.sum(log_decay.astype(dtype).reshape(len(log_decay), -1, half, *log_decay.shape[2:]), 2)
+    return jnp.min(sums) >= -REACH
+
+
+def forward(plan, row, starts, state, save):
+    """(reads, final state); if to be saved, S of every chunk, V', (I + L)^-1 and P of every group."""
+    precision = state_precision(row)
+
+    def one_group(state, x):
+        faded, documents = _faded(x), _documents(x)
+        strictly, lower = _masks(plan.size, documents)
+        right_sides = _right_sides(faded)
+        inverse = _inverse(_where(strictly, _products(faded.k_in, right_sides)))
+        scores = _where(lower, _products(faded.q_in, right_sides))
+        reading, writing = documents.first * faded.before, documents.last * faded.after
+
+        def pass_state(state, chunk):
+            k_read, k_write, targets, inverse, whole = chunk
+            new = matmul(inverse, targets - matmul(k_read, state, precision), precision)
+            return whole * state + matmul_tn(k_write, new, precision), (state, new)
+
+        chunks = (reading * faded.k_in, writing * faded.k_out, x.beta * x.v, inverse, documents.whole * faded.whole)
+        state, (states, new) = jax.lax.scan(pass_state, state, chunks)
+        read = matmul(reading * faded.q_in, states, precision) + matmul(scores, new, precision)
+        return state, (read, (states, new, inverse, scores) if save else None)
+
+    state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, starts, state.dtype))
+    return (row_of(read).astype(row[2].dtype), state), saved
+
+
+def backward(plan, row, starts, saved, bars):
+    """The derivative, group by group from the last (`x_bar` is the cotangent of x).
+
+        V'_bar = P^T O_bar + (exp(G_C - G) * K) S_bar    e = (I + L)^-T V'_bar, the cotangent of beta * V - ...
+        L_bar  = -tril(e V'^T, -1)                       P_bar = tril(O_bar V'^T)
+        K_in_bar  = L_bar K_out - exp(m) * e S^T         Q_in_bar = P_bar K_out + exp(m) * O_bar S^T
+        K_out_bar = L_bar^T K_in + P_bar^T Q_in + exp(G_C - m) * V' S_bar^T
+        S_bar <- exp(G_C) * S_bar + (exp(G) * Q)^T O_bar - (exp(G) * beta * K)^T e
+
+    with the factors of pairs of tiles left out. G_i takes K_in * K_in_bar + Q_in * Q_in_bar - K_out * K_out_bar, as
+    middles cancel.
+    """
+    read_bar, state_bar = bars
+    precision, dtype = state_precision(row), state_bar.dtype
+
+    def one_group(state_bar, inputs):
+        x, o_bar, (states, new, inverse, scores) = inputs
+        faded, documents = _faded(x), _documents(x)
+        strictly, lower = _masks(plan.size, documents)
+        reading, writing = documents.first * faded.before, documents.last * faded.after
+        whole = documents.whole * faded.whole
+
+        def pass_state(state_bar, chunk):
+            k_read, k_write, inverse, whole, new_bar, reading_bar = chunk
+            targets_bar = matmul_tn(inverse, new_bar + matmul(k_write, state_bar, precision), precision)
+            before = whole * state_bar + reading_bar - matmul_tn(k_read, targets_bar, precision)
+            return before, (state_bar, targets_bar)
+
+        chunks = (
+            reading * faded.k_in,
+            writing * faded.k_out,
+            inverse,
+            whole,
+            matmul_tn(scores, o_bar, precision),
+            matmul_tn(reading * faded.q_in, o_bar, precision),
+        )
+        state_bar, (state_bars, targets_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
+
+        products_bar = _where(strictly, -matmul_nt(targets_bar, new, HIGHEST))
+        scores_bar = _where(lower, matmul_nt(o_bar, new, HIGHEST))
+        right_sides = _right_sides(faded)
+        k_in_bar = _left_bar(products_bar, right_sides) - reading * matmul_nt(targets_bar, states, precision)
+        q_in_bar = _left_bar(scores_bar, right_sides) + reading * matmul_nt(o_bar, states, precision)
+        written_bar = writing * matmul_nt(new, state_bars, precision)
+        k_out_bar = _right_bar(faded, products_bar, scores_bar) + written_bar
+
+        sums_bar = faded.k_in * k_in_bar + faded.q_in * q_in_bar - faded.k_out * k_out_bar
+        # A product with ones: XLA on CPU would sum inside the product before, at a third of its speed.
+        whole_bar = matmul(everywhere(np.ones((1, plan.size)), x.k), faded.k_out * written_bar, HIGHEST)
+        whole_bar += (whole[..., 0] * dot(states, state_bars))[..., None, :]
+        rows_bar = faded.from_middle * k_in_bar  # of beta * k
+        return state_bar, Inputs(
+            faded.from_middle * q_in_bar,
+            faded.to_token * k_out_bar + x.beta * rows_bar,
+            x.beta * targets_bar,
+            _sums_from_token_on(sums_bar, documents) + documents.last * whole_bar,
+            (dot(rows_bar, x.k) + dot(targets_bar, x.v))[..., None],
+            None,
+        )
+
+    groups = (_lay_out(plan, row, starts, dtype), lay_out(plan, read_bar.astype(dtype)), saved)
+    state_bar, bars = jax.lax.scan(one_group, state_bar, groups, reverse=True)
+    return *_lay_out_transpose(row, bars), state_bar
+
+
+def _tile(size: int) -> int:
+    """Tokens of a tile in chunks of `size`."""
+    return min(TILE, size)
+
+
+def _faded(x: Inputs) -> Faded:
+    size, tile = x.k.shape[-2], _tile(x.k.shape[-2])
+    log_decay = tiles(x.log_decay, tile)
+    exponents = matmul(everywhere(_from_middle(tile), log_decay), log_decay, HIGHEST)
+    edge = jnp.zeros_like(exponents[..., :1, 0, :])
+    first_halves, second_halves = log_decay[..., 0, :] - exponents[..., 0, :], exponents[..., -1, :]
+    steps = jnp.concatenate([first_halves, edge], -2) + jnp.concatenate([edge, second_halves], -2)
+    sums = jnp.exp(matmul(everywhere(_around(size // tile), steps), steps, HIGHEST))
+    exponents = exponents.reshape(x.k.shape)
+    from_middle, to_token = jnp.exp(exponents), jnp.exp(-exponents)
+    before, after = jnp.split(jnp.repeat(sums[..., :-1, :], tile, axis=-2), 2, -2)
+    return Faded(
+        from_middle * x.beta * x.k,
+        from_middle * x.q,
+        to_token * x.k,
+        from_middle,
+        to_token,
+        jnp.exp(steps[..., :-1, :]),
+        before,
+        after,
+        sums[..., -1, :, None],
+    )
+
+
+@functools.cache
+def _from_middle(tile: int) -> np.ndarray:
+    """The tokens in G_i - m, 1 behind the middle and -1 before it [tile, tile]."""
+    row, token = np.indices((tile, tile))
+    behind = (token <= row) & (token >= tile // 2)
+    return behind.astype(np.float32) - ((token > row) & (token < tile // 2))
+
+
+@functools.cache
+def _around(count: int) -> np.ndarray:
+    """The steps from middle to middle in m of every tile, in G_C - m, and in G_C [2 tiles + 1, tiles + 1]."""
+    tile, step = np.indices((count, count + 1))
+    return np.concatenate([step <= tile, step > tile, np.ones((1, count + 1))]).astype(np.float32)
+
+
+def _cut(x: Float[Array, "*batch C K"], size: int) -> list[Float[Array, "*batch size K"]]:
+    """Tile by tile."""
+    return [x[..., start : start + size, :] for start in range(0, x.shape[-2], size)]
+
+
+def _right_sides(faded: Faded) -> list[Float[Array, "*batch tokens K"]]:
+    """What the rows of a tile are multiplied with: K_out of the tokens up to its end, faded on to its middle."""
+    sides = []
+    for tile, k_out in enumerate(_cut(faded.k_out, _tile(faded.k_out.shape[-2]))):
+        earlier = [faded.between[..., tile, None, :] * sides[-1]] if sides else []
+        sides.append(jnp.concatenate([*earlier, k_out], -2))
+    return sides
+
+
+def _products(left: Float[Array, "*batch C K"], right_sides: list[Array]) -> Float[Array, "*batch C C"]:
+    """Of the rows of every tile with its right side; zeros to the right."""
+    size, rows = left.shape[-2], _cut(left, right_sides[0].shape[-2])
+    products = [matmul_nt(*pair, HIGHEST) for pair in zip(rows, right_sides, strict=True)]
+    pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])  # noqa: E731
+    return jnp.concatenate([pad(x) for x in products], -2)
+
+
+def _left_bar(products_bar: Float[Array, "*batch C C"], right_sides: list[Array]) -> Float[Array, "*batch C K"]:
+    """The cotangent of the left side from that of the products."""
+    rows = _cut(products_bar, right_sides[0].shape[-2])
+    pairs = zip(rows, right_sides, strict=True)
+    return jnp.concatenate([matmul(bar[..., : right.shape[-2]], right, HIGHEST) for bar, right in pairs], -2)
+
+
+def _right_bar(faded: Faded, products_bar: Float[Array, "*batch C C"], scores_bar: Float[Array, "*batch C C"]):
+    """The cotangent of K_out from those of both products, from the last tile to the first."""
+    tile = _tile(faded.k_out.shape[-2])
+    pairs = [tuple(_cut(x, tile) for x in pair) for pair in ((products_bar, faded.k_in), (scores_bar, faded.q_in))]
+    bars, passed = [], 0
+    for a in reversed(range(len(pairs[0][0]))):
+        end = (a + 1) * tile
+        bar = passed + sum(matmul_tn(bars_of[a][..., :end], left[a], HIGHEST) for bars_of, left in pairs)
+        bars.append(bar[..., -tile:, :])
+        passed = faded.between[..., a, None, :] * bar[..., :-tile, :]
+    return jnp.concatenate(bars[::-1], -2)
+
+
+def _sums_from_token_on(x: Float[Array, "*batch C K"], documents: Documents) -> Float[Array, "*batch C K"]:
+    """Of a token and all later ones of its document and chunk."""
+    if documents.same is not True:  # what others have adds up to nothing, but for rounding
+        row, token = np.indices((x.shape[-2],) * 2)
+        return matmul((documents.same & jnp.asarray(token >= row)).astype(x.dtype), x, HIGHEST)
+    x = tiles(x, _tile(x.shape[-2]))
+    within = matmul(everywhere(np.triu(np.ones((x.shape[-2],) * 2)), x), x, HIGHEST)
+    totals = within[..., 0, :]
+    later = matmul(everywhere(np.triu(np.ones((x.shape[-3],) * 2), 1), totals), totals, HIGHEST)
+    within += later[..., None, :]
+    return within.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def _documents(x: Inputs) -> Documents:
+    if x.starts is None:
+        return Documents(True, 1.0, 1.0, 1.0)
+    begun = jnp.cumsum(x.starts.astype(jnp.int32), -1)
+    number = lambda condition: condition.astype(x.k.dtype)  # noqa: E731
+    return Documents(
+        begun[..., :, None] == begun[..., None, :],
+        number(begun == 0)[..., None],
+        number(begun == begun[..., -1:])[..., None],
+        number(begun[..., -1:] == 0)[..., None],
+    )
+
+
+def _masks(size: int, documents: Documents) -> tuple[Array, Array]:
+    """Whose key a token reads: earlier ones of its document, and its own too."""
+    row, token = np.indices((size, size))
+    return documents.same & jnp.asarray(token < row), documents.same & jnp.asarray(token <= row)
+
+
+def _where(mask, products):
+    return jnp.where(mask, products, 0)
+
+
+def _inverse(products: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]:
+    """(I + L)^-1 of a strictly lower triangle, tile by tile and then block by block."""
+    chunk, size = products.shape[-1], min(delta_algebra.TILE, products.shape[-1])
+
+    def blocks(row, column, size, step):
+        corners = range(0, chunk, step)
+        return jnp.stack([products[..., row + i :, column + i :][..., :size, :size] for i in corners], -3)
+
+    diagonal = blocks(0, 0, size, size)
+    inverse = tile_inverse([mask * diagonal for mask in level_masks(size)])
+    while size < chunk:
+        corner = blocks(size, 0, size, 2 * size)
+        inverse = merge_inverse(inverse[..., 0::2, :, :], corner, inverse[..., 1::2, :, :])
+        size *= 2
+    return inverse[..., 0, :, :]
+
+
+def _lay_out(plan: Plan, row: tuple[Array, ...], starts, dtype) -> Inputs:
+    """The row by groups, chunks and heads, once for all: XLA would put it into everything that reads a group."""
+    q, k, v, log_decay, beta = (x.astype(dtype) for x in row)
+    laid = (q / math.sqrt(q.shape[-1]), k, v, log_decay, beta[..., None])
+    return Inputs(*(lay_out(plan, x) for x in laid), None if starts is None else lay_out(plan, starts[:, :, None]))
+
+
+def _lay_out_transpose(row: tuple[Array, ...], bars: Inputs) -> tuple[Array, ...]:
+    """Cotangents of the row's arrays from those of `_lay_out`."""
+    q_bar, k_bar, v_bar, log_decay_bar, beta_bar = (row_of(bar) for bar in bars[:-1])
+    out = (q_bar / math.sqrt(q_bar.shape[-1]), k_bar, v_bar, log_decay_bar, beta_bar[..., 0])
+    return tuple(bar.astype(x.dtype) for bar, x in zip(out, row, strict=True))
