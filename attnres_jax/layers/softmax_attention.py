@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     SegmentIds,
     make_splash_mha,
 )
-from jax.sharding import NamedSharding
+from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
@@ -89,7 +89,9 @@ def _splash(query, key, value, segment_ids: Int[Array, "B T"] | None):
         return _on_one_device(_kernel(length, 1), query, key, value, *documents)
     rows, tokens, by_head = axes["batch"], axes["length"], axes["heads"]
     kernel = _kernel(length, _parts(tokens))
-    own_rows_of_mask = NamedSharding(jax.sharding.get_abstract_mesh(), P(None, tokens))
+    mesh = jax.sharding.get_abstract_mesh()
+    mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # forgets that a pipeline's stages may be manual
+    own_rows_of_mask = NamedSharding(mesh, P(None, tokens))
     own, whole = P(rows, tokens, by_head, None), P(rows, None, by_head, None)
     specs = (kernel.manual_sharding_spec(own_rows_of_mask), own, whole, whole, P(rows, tokens), P(rows, None))
     specs = specs[: 4 + len(documents)]
