@@ -2,7 +2,7 @@
 
 Command:  python train.py --config=configs/kimi_linear_48b.py:residual=block --workdir=runs/kimi_linear_48b
             --config.data.source=text --config.data.files='corpus/*.jsonl'
-Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step takes 54 of 95 GB on each:
+Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step takes 45 of 95 GB on each:
           python -m attnres_jax.parallel.plan --config=configs/kimi_linear_48b.py --topology=v5p:4x4x4
             (benchmarks/results/plans-tpu.md)
 Time:     not measured
