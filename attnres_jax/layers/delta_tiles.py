@@ -127,14 +127,15 @@ def forward(plan, row, starts, state, save):
 def backward(plan, row, starts, saved, bars):
     """The derivative, group by group from the last (`x_bar` is the cotangent of x).
 
-        V'_bar = P^T O_bar + (exp(G_C - G) * K) S_bar    e = (I + L)^-T V'_bar, the cotangent of beta * V - ...
+        V'_bar = P^T O_bar + (exp(G_C - G) * K) S_bar    e = (I + L)^-T V'_bar, the cotangent of beta * R
         L_bar  = -tril(e V'^T, -1)                       P_bar = tril(O_bar V'^T)
         K_in_bar  = L_bar K_out - exp(m) * e S^T         Q_in_bar = P_bar K_out + exp(m) * O_bar S^T
         K_out_bar = L_bar^T K_in + P_bar^T Q_in + exp(G_C - m) * V' S_bar^T
         S_bar <- exp(G_C) * S_bar + (exp(G) * Q)^T O_bar - (exp(G) * beta * K)^T e
 
-    with the factors of pairs of tiles left out. G_i takes K_in * K_in_bar + Q_in * Q_in_bar - K_out * K_out_bar, as
-    middles cancel.
+    with the factors between tiles left out. G_i takes K_in * K_in_bar + Q_in * Q_in_bar - K_out * K_out_bar: whatever a
+    middle takes cancels. G_C takes exp(G_C) * S * S_bar summed over values, and what is written, K_out times the last
+    term of K_out_bar, summed over tokens.
     """
     read_bar, state_bar = bars
     precision, dtype = state_precision(row), state_bar.dtype
