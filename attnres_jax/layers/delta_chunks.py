@@ -14,7 +14,7 @@ so only the last lines of a chunk wait for the chunk before it. (I + L)^-1 is me
 
 exp(-G) overflows under an unbounded gate. So there are two forms, and a call takes, while it runs, the one that its
 decays allow: `delta_tiles`, which takes the decays of 16 tokens from their middle, where no channel fades by more than
-exp(-40) in 8 tokens; and `delta_levels`, at two thirds of the speed, for any.
+exp(-41) in 8 tokens; and `delta_levels`, at two thirds of the speed, for any.
 """
 
 import functools

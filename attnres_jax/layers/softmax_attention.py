@@ -9,13 +9,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    BlockSizes,
-    CausalMask,
-    MultiHeadMask,
-    SegmentIds,
-    make_splash_mha,
-)
 from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -82,33 +75,38 @@ def implementation_for(name: str, query: Float[Array, "B T H K"]) -> str:
 
 
 def _splash(query, key, value, segment_ids: Int[Array, "B T"] | None):
+    # Here, since it takes 0.15 s and TPUs alone need it.
+    from jax.experimental.pallas.ops.tpu.splash_attention import SegmentIds
+
     batch, length, heads, _ = query.shape
-    documents = () if segment_ids is None else (segment_ids, segment_ids)
+    documents = None if segment_ids is None else SegmentIds(segment_ids, segment_ids)
     axes = mesh_axes_of(batch=batch, length=length, heads=heads)
     if not axes:
-        return _on_one_device(_kernel(length, 1), query, key, value, *documents)
+        return _on_one_device(_kernel(length, 1), query, key, value, documents)
     rows, tokens, by_head = axes["batch"], axes["length"], axes["heads"]
     kernel = _kernel(length, _parts(tokens))
     mesh = jax.sharding.get_abstract_mesh()
     mesh = AbstractMesh(mesh.axis_sizes, mesh.axis_names)  # forgets that a pipeline's stages may be manual
     own_rows_of_mask = NamedSharding(mesh, P(None, tokens))
     own, whole = P(rows, tokens, by_head, None), P(rows, None, by_head, None)
-    specs = (kernel.manual_sharding_spec(own_rows_of_mask), own, whole, whole, P(rows, tokens), P(rows, None))
-    specs = specs[: 4 + len(documents)]
-    return per_shard(_on_one_device, specs, own)(kernel, query, key, value, *documents)
+    by_document = P() if documents is None else SegmentIds(P(rows, tokens), P(rows, None))
+    specs = (kernel.manual_sharding_spec(own_rows_of_mask), own, whole, whole, by_document)
+    return per_shard(_on_one_device, specs, own)(kernel, query, key, value, documents)
 
 
-def _on_one_device(kernel, query, key, value, *documents):
+def _on_one_device(kernel, query, key, value, documents):
     by_head = (x.swapaxes(1, 2) for x in (query, key, value))
-    return jax.vmap(kernel)(*by_head, SegmentIds(*documents) if documents else None).swapaxes(1, 2)
+    return jax.vmap(kernel)(*by_head, documents).swapaxes(1, 2)
 
 
 def _kernel(length: int, parts: int):
     """Splash attention over so many tokens, cut into parts by the query."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
     block = next(size for size in BLOCKS if length // parts % size == 0)
-    mask = MultiHeadMask([CausalMask((length, length), shard_count=parts)])  # of every head
-    sizes, interpret = BlockSizes(*(block,) * 8), _platform() != "tpu"
-    return make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+    mask = splash.MultiHeadMask([splash.CausalMask((length, length), shard_count=parts)])  # of every head
+    sizes, interpret = splash.BlockSizes(*(block,) * 8), _platform() != "tpu"
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
 
 
 def _platform() -> str:

@@ -217,7 +217,8 @@ def test_depth_gradients_are_summed_over_every_axis_that_splits_tokens(rule, axi
         assert min(relative(part, own[0] + own[1]) for part in own) > 0.1
 
 
-def test_splash_attention_on_each_devices_own_queries():
+@pytest.mark.parametrize("packed", [True, False])
+def test_splash_attention_on_each_devices_own_queries(packed):
     """Rows, tokens and heads are split; interpreted."""
     length, heads, kv_heads, width = 256, 4, 2, 8
     sizes = {"data": 2, "context": 2, "tensor": 2}
@@ -227,7 +228,7 @@ def test_splash_attention_on_each_devices_own_queries():
     segments = jnp.asarray(1 + (np.arange(length) >= np.array([[100], [250]])))
 
     def loss(implementation, segments, arrays):
-        context = make_context(segments, segments, None, 8, 100.0)
+        context = make_context(segments, segments if packed else None, None, 8, 100.0)
         return jnp.sum(jnp.sin(attend(*arrays, context, implementation=implementation)))
 
     expected = jax.jit(jax.value_and_grad(functools.partial(loss, "xla", segments)))(arrays)
