@@ -14,7 +14,8 @@ so only the last lines of a chunk wait for the chunk before it. (I + L)^-1 is me
 
 exp(-G) overflows under an unbounded gate. So there are two forms, and a call takes, while it runs, the one that its
 decays allow: `delta_tiles`, which takes the decays of 16 tokens from their middle, where no channel fades by more than
-exp(-41) in 8 tokens; and `delta_levels`, at two thirds of the speed, for any.
+exp(-41) in 8 tokens; and `delta_levels`, at two thirds of the speed, for any. Under a bounded gate as Kimi K3's the
+first alone is compiled.
 """
 
 import functools
@@ -39,6 +40,7 @@ def delta_rule_chunkwise(
     *,
     chunk: int = 64,
     group: int = 8,
+    lower_bound: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
 
@@ -54,6 +56,7 @@ def delta_rule_chunkwise(
       segment_ids: documents, as runs of equal ids; each but the first starts from zeros. None: one document a row.
       chunk: tokens C of a chunk, a power of two from 2 on.
       group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it.
+      lower_bound: what no log decay is below, where that is known: from -41 / 8 on one form is all that is compiled.
 
     Raises:
       ValueError: if `chunk` is not a power of two.
@@ -67,7 +70,8 @@ def delta_rule_chunkwise(
     # A padded token keeps the state (g = 0) and writes nothing (beta = 0).
     pad = lambda x: jnp.pad(x, ((0, 0), (0, plan.tokens - length), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
     starts = None if segment_ids is None else pad(document_starts(segment_ids))
-    read, state = _chunkwise(plan, *map(pad, (q, k, v, log_decay, beta)), starts, state)
+    always_mild = lower_bound is not None and delta_tiles.allows(plan, lower_bound)
+    read, state = _chunkwise(plan, always_mild, *map(pad, (q, k, v, log_decay, beta)), starts, state)
     return read[:, :length], state
 
 
@@ -76,17 +80,17 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _chunkwise(plan, q, k, v, log_decay, beta, starts, state):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunkwise(plan, always_mild, q, k, v, log_decay, beta, starts, state):
     """`delta_rule_chunkwise` of a row of `plan.tokens`, documents beginning at `starts` [B, T] if not None."""
-    return _forward(plan, (q, k, v, log_decay, beta), starts, state, save=False)[0]
+    return _forward(plan, always_mild, (q, k, v, log_decay, beta), starts, state, save=False)[0]
 
 
-def _forward(plan, row, starts, state, save):
+def _forward(plan, always_mild, row, starts, state, save):
     """By whichever form the decays allow, which it saves too: the backward pass must not come to another verdict."""
     mild, strong = _with_boundaries(row, starts)
-    is_mild = delta_tiles.is_mild(plan, mild[3], state.dtype)
-    out, saved = jax.lax.cond(
+    is_mild = None if always_mild else delta_tiles.is_mild(plan, mild[3], state.dtype)
+    out, saved = _either(
         is_mild,
         lambda: delta_tiles.forward(plan, mild, starts, state, save),
         lambda: delta_levels.forward(plan, strong, state, save),
@@ -94,16 +98,16 @@ def _forward(plan, row, starts, state, save):
     return out, (is_mild, saved)
 
 
-def _chunkwise_forward(plan, q, k, v, log_decay, beta, starts, state):
+def _chunkwise_forward(plan, always_mild, q, k, v, log_decay, beta, starts, state):
     row = (q, k, v, log_decay, beta)
-    out, saved = _forward(plan, row, starts, state, save=True)
+    out, saved = _forward(plan, always_mild, row, starts, state, save=True)
     return out, (row, starts, *saved)
 
 
-def _chunkwise_backward(plan, residuals, bars):
+def _chunkwise_backward(plan, always_mild, residuals, bars):
     row, starts, is_mild, saved = residuals
     mild, strong = _with_boundaries(row, starts)
-    *row_bars, state_bar = jax.lax.cond(
+    *row_bars, state_bar = _either(
         is_mild,
         lambda: delta_tiles.backward(plan, mild, starts, saved, bars),
         lambda: delta_levels.backward(plan, strong, saved, bars),
@@ -113,6 +117,11 @@ def _chunkwise_backward(plan, residuals, bars):
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
+
+
+def _either(is_mild, in_tiles, by_level):
+    """What the verdict says; without one, `in_tiles`, and the other is not in the program."""
+    return in_tiles() if is_mild is None else jax.lax.cond(is_mild, in_tiles, by_level)
 
 
 def _with_boundaries(row, starts):

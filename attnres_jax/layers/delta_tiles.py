@@ -98,6 +98,11 @@ def is_mild(plan: Plan, log_decay: Float[Array, "B T H K"], dtype) -> Bool[Array
     return jnp.min(sums) >= -REACH
 
 
+def allows(plan: Plan, lower_bound: float) -> bool:
+    """Whether log decays that are not below the bound are mild, whatever they are."""
+    return lower_bound * (_tile(plan.size) // 2) >= -REACH
+
+
 def forward(plan, row, starts, state, save):
     """(reads, final state); if to be saved, S of every chunk, V', (I + L)^-1 and P of every group."""
     precision = state_precision(row)

@@ -1,5 +1,6 @@
 """Kimi Delta Attention (Kimi Linear, arXiv 2510.26692, section 3), and its gates in Kimi K3 (arXiv 2607.24653)."""
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -121,7 +122,7 @@ class KDA(nnx.Module):
             conv(constrain(linear(x), "batch", None, "heads"), past, segment_ids) for linear, conv, past in inputs
         )
         read, memory = delta_rule_by_shard(
-            *self._qkv(q, k, v), self.log_decay(x), self._beta(x), state.memory, segment_ids
+            *self._qkv(q, k, v), self.log_decay(x), self._beta(x), state.memory, segment_ids, self.gate_lower_bound
         )
         return self._output(read, x), KDAState(*q_inputs, *k_inputs, *v_inputs, memory)
 
@@ -142,15 +143,16 @@ class KDA(nnx.Module):
         return self.out((self.out_norm(read) * gate).astype(self.dtype).reshape(*x.shape[:-1], -1))
 
 
-def delta_rule_by_shard(q, k, v, log_decay, beta, state, segment_ids):
+def delta_rule_by_shard(q, k, v, log_decay, beta, state, segment_ids, lower_bound):
     """`delta_rule_chunkwise` of each device's own rows and heads, which have nothing to do with each other's."""
     axes = mesh_axes_of(batch=q.shape[0], heads=q.shape[2])
+    form = functools.partial(delta_rule_chunkwise, lower_bound=lower_bound)
     if not axes:
-        return delta_rule_chunkwise(q, k, v, log_decay, beta, state, segment_ids)
+        return form(q, k, v, log_decay, beta, state, segment_ids)
     row, state_spec = P(axes["batch"], None, axes["heads"]), P(axes["batch"], axes["heads"])
     ins = [row] * 5 + [state_spec] + ([] if segment_ids is None else [P(axes["batch"])])
     arrays = (q, k, v, log_decay, beta, state) + (() if segment_ids is None else (segment_ids,))
-    return per_shard(delta_rule_chunkwise, ins, (row, state_spec))(*arrays)
+    return per_shard(form, ins, (row, state_spec))(*arrays)
 
 
 def _l2_normalise(x: Float[Array, "*batch K"]) -> Float[Array, "*batch K"]:

@@ -121,6 +121,19 @@ def test_which_form_takes_which_decays(kind):
     assert not delta_tiles.is_mild(Plan(64, 2, 1), log_decay.at[1, 70, 1, 3].set(-jnp.inf), jnp.float32)
 
 
+def test_bounded_decays_compile_one_form_alone(x64):
+    inputs = [np.maximum(x, -5) if i == 3 else x for i, x in enumerate(example(150, "strong"))]
+    bounded = functools.partial(delta_rule_chunkwise, lower_bound=-5.0)
+    expected = with_gradients(delta_rule_recurrence, inputs)
+    assert worst(with_gradients(bounded, inputs), expected) < 1e-12
+
+    def choices(lower_bound):
+        form = functools.partial(delta_rule_chunkwise, lower_bound=lower_bound)
+        return str(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs)).count("cond[")
+
+    assert [choices(bound) for bound in (None, -5.2, -5.0)] == [2, 2, 0]
+
+
 @pytest.mark.parametrize("kind", ["none", "mild"])
 def test_levels_take_mild_decays_too(x64, kind, monkeypatch):
     monkeypatch.setattr(delta_tiles, "is_mild", lambda *_: jnp.asarray(False))

@@ -110,6 +110,13 @@ def test_gates(variant):
     assert (float(found.min()) >= -5) == (variant == "k3")
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_bounded_gate_needs_one_form_of_the_delta_rule(variant):
+    layer = make(variant)
+    program = jax.make_jaxpr(lambda layer, h: layer(h, context_of(None, 20)))(layer, inputs(20))
+    assert ("cond[" in str(program)) == (variant != "k3")
+
+
 def test_initial_decays():
     """A of Kimi Linear is drawn from [1, 16], of the bounded gate 1; the bias gives time steps of [0.001, 0.1]."""
     layer = KDA(
