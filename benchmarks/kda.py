@@ -3,12 +3,14 @@
     python benchmarks/kda.py                       # 2048 tokens, 4 heads of 64, float32
     python benchmarks/kda.py --chunk=128 --group=4 --rounds=0
     python benchmarks/kda.py --decays=100          # too strong to be taken from a tile's middle
+    python benchmarks/kda.py --lower_bound=-5      # under a bounded gate: one form is compiled
 
 Both forms run in turn, a round each; a ratio is that of the medians over the rounds. Forward and backward is a
 `jax.vjp` with given cotangents of all reads and of the final state, by all six inputs. Memory is what the compiled
 program needs beside its arguments and results.
 """
 
+import functools
 import json
 import os
 import platform
@@ -31,6 +33,7 @@ HEAD_DIM = flags.DEFINE_integer("head_dim", 64, "Width of keys and of values.")
 CHUNK = flags.DEFINE_integer("chunk", 64, "Tokens of a chunk.")
 GROUP = flags.DEFINE_integer("group", 8, "Chunks worked on at a time.")
 DECAYS = flags.DEFINE_float("decays", 1.0, "Factor of the log decays that an untrained layer has.")
+LOWER_BOUND = flags.DEFINE_float("lower_bound", None, "What no log decay is below: -5 under Kimi K3's gate.")
 ROUNDS = flags.DEFINE_integer("rounds", 15, "Rounds; 0 measures memory and compile time alone.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -41,7 +44,8 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments or overrides:
         raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
     retain_host_memory()
-    chunkwise = lambda *inputs: delta_rule_chunkwise(*inputs, chunk=CHUNK.value, group=GROUP.value)  # noqa: E731
+    settings = {"chunk": CHUNK.value, "group": GROUP.value, "lower_bound": LOWER_BOUND.value}
+    chunkwise = functools.partial(delta_rule_chunkwise, **settings)
     forms = {"recurrence": delta_rule_recurrence, "chunkwise": chunkwise}
     print(f"{TOKENS.value} tokens, {HEADS.value} heads of {HEAD_DIM.value}, float32")
     versions = f"Python {platform.python_version()}, jax {jax.__version__}"

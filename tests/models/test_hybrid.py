@@ -24,7 +24,7 @@ TINY = ModelConfig(
     mlp_width=32,
     max_length=20,
     norm_eps=1e-14,
-    kda=KDAConfig(head_dim=8),
+    kda=KDAConfig(head_dim=8, gate_lower_bound=-5.0),  # one form of the delta rule to compile
     mla=MLAConfig(latent_dim=12, nope_dim=8, rope_dim=4, value_dim=8),
     moe=MoEConfig(num_experts=4, expert_width=16, scaling=1.5),
 )

@@ -120,12 +120,13 @@ FAST = [
     # What bfloat16 allows, and XLA on CPU to be compiled at all.
     Case("dense", "block", 2, 2, "1f1b", 2, 2, mesh=(("tensor", 2),), dtype="bfloat16"),
     # Stages whose layers are of different kinds.
-    Case("kimi", "block", 3, 2, "1f1b", 2, 2),
+    Case("bounded", "block", 3, 2, "1f1b", 2, 2),
 ]
 KIMI = [
     Case("kimi", rule, layers, size, schedule, stages, micros, virtual, transport, mesh)
     for rule, transport in (("residual", "cached"), ("block", "cached"), ("full", "naive"))
     for layers, size, schedule, stages, micros, virtual, mesh in (
+        (3, 2, "1f1b", 2, 2, 1, ()),
         (3, 2, "1f1b", 2, 2, 1, (("fsdp", 2), ("tensor", 2))),
         (3, 2, "gpipe", 2, 2, 1, (("expert", 2), ("tensor", 2))),
         (7, 2, "interleaved_1f1b", 2, 2, 2, (("data", 2),)),
