@@ -65,8 +65,9 @@ def model_of(kind, rule):
         mla=MLAConfig(latent_dim=12, nope_dim=8, rope_dim=4, value_dim=8),
         moe=MoEConfig(num_experts=4, expert_width=8, num_groups=2, top_groups=2),
     )
-    plans = {"dense": ("gqa", "swiglu"), "moe": ("gqa", "moe")}
-    attention, mlp = plans.get(kind, ("kda,kda,mla", "swiglu,moe*"))
+    kimi = ("kda,kda,mla", "swiglu,moe*")
+    plans = {"dense": ("gqa", "swiglu"), "moe": ("gqa", "moe"), "kimi": kimi, "bounded": kimi}
+    attention, mlp = plans[kind]
     return dataclasses.replace(base, attention_layers=attention, mlp_layers=mlp)
 
 
