@@ -24,6 +24,8 @@ install_import_hook("attnres_jax", "beartype.beartype")
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_compilation_cache_dir", str(Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# Tracing makes millions of objects that stay: by Python's own thresholds a tenth of the time goes to looking at them.
+gc.set_threshold(200_000, 20, 50)
 
 
 def pytest_collection_modifyitems(items):
