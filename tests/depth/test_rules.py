@@ -21,6 +21,7 @@ OPTIONS = {
     "recency": {"recency_bias": 1.5},
     "scalars": {"query": "none"},
     "input query": {"query": "input"},
+    "input query and sigmoid": {"query": "input", "weights": "sigmoid"},
     "all at once": {"weights": "sigmoid", "key_norm": False, "heads": 2, "window": 2, "recency_bias": -1.0},
     "input query and all": {"query": "input", "heads": 2, "window": 2, "recency_bias": 1.0, "key_norm": False},
     "sum": {"sum_sources": True},
