@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from attnres_jax.analysis import compare, depth_heatmap, read_run, text, write_report
+from attnres_jax.analysis import compare, depth_heatmap, is_inspected, read_run, text, write_report
 from attnres_jax.cli import launch
 from attnres_jax.config import flatten, load_config, read_config
 from attnres_jax.errors import UserError
@@ -63,7 +63,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
 
 def is_done(workdir: Path, config) -> bool:
     """Whether this arm is trained and inspected, by this configuration: else train.py has something to do or to say."""
-    whole = status(workdir) == "finished" and (workdir / "inspection.npz").exists()
+    whole = status(workdir) == "finished" and is_inspected(workdir)
     return whole and flatten(read_config(workdir / "config.json")) == flatten(config)
 
 

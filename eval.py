@@ -46,6 +46,10 @@ def evaluate_run(workdir: Path, config: Config) -> str:
     if PRETRAINED.value is None:
         config, model, step = restore_model(workdir, STEP.value, mesh)
         name = f"{workdir} at step {step}"
+    elif STEP.value is not None:
+        raise flags.Error(
+            f"--step={STEP.value} is of the run's checkpoints, which --pretrained replaces; give one of them"
+        )
     else:
         model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
         step = None

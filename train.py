@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from attnres_jax.analysis import inspect_run
+from attnres_jax.analysis import inspect_run, is_inspected
 from attnres_jax.cli import launch
 from attnres_jax.config import load_config
 from attnres_jax.parallel.processes import define_flags, joined
@@ -37,13 +37,13 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     retain_host_memory()
     with joined(GROUP(), config.training.process_timeout):
         summary = train(config, workdir)
+        if summary["status"] == "finished" and not is_inspected(workdir):
+            inspect_run(workdir)
     if jax.process_index() != 0:
         return
     if summary["status"] == "interrupted":
         command = f"python {shlex.join(sys.argv)}" if jax.process_count() == 1 else "the same command in every process"
         print(f"interrupted after step {summary['steps']} and saved; resume with: {command}")
-    elif not (workdir / "inspection.npz").exists():
-        inspect_run(workdir)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from absl import flags
 
-from attnres_jax.analysis import Run, compare, inspect_run
+from attnres_jax.analysis import Run, compare, inspect_run, is_inspected
 from attnres_jax.cli import launch
 from attnres_jax.config import load_config
 from attnres_jax.depth import RULES
@@ -37,7 +37,7 @@ def main(arguments: list[str], overrides: list[str]) -> int:
         config, workdir = load_config(f"{CONFIG.value}:residual={name}", overrides), Path(WORKDIR.value) / name
         enable_compilation_cache(config.data)
         train(config, workdir)
-        if not (workdir / "inspection.npz").exists():
+        if not is_inspected(workdir):
             inspect_run(workdir)
     arms = compare([Path(WORKDIR.value) / name for name in NAMES.value]).arms
     runs = {name: arm.runs[0] for name, arm in zip(NAMES.value, arms, strict=True)}

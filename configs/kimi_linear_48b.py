@@ -6,7 +6,8 @@ Hardware: not tried. Planned for 64 chips of TPU v5p (v5p-128), where a step tak
           python -m attnres_jax.parallel.plan --config=configs/kimi_linear_48b.py --topology=v5p:4x4x4
             (benchmarks/results/plans-tpu.md)
 Time:     not measured
-Expected: the paper's benchmarks after 1.4T tokens (its Table 3); no run has been made here
+Expected: no run has been made here. This is the paper's first phase, of 1T tokens; its Table 3 is after a second one
+          of 0.4T
 
 Blocks of three layers: nine and the embedding, ten sources. A batch is 8M tokens, as there, in 32
 micro-batches. The paper's optimizer is Muon under a warm-up-stable-decay schedule, and its learning rate is not stated:

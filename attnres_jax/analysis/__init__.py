@@ -2,7 +2,14 @@
 
 from attnres_jax.analysis.arms import Arm
 from attnres_jax.analysis.comparison import Comparison, compare, text
-from attnres_jax.analysis.inspection import Inspection, depth_weights, inspect_model, inspect_run, magnitudes
+from attnres_jax.analysis.inspection import (
+    Inspection,
+    depth_weights,
+    inspect_model,
+    inspect_run,
+    is_inspected,
+    magnitudes,
+)
 from attnres_jax.analysis.judgement import Judgement, judge
 from attnres_jax.analysis.mixing import MEASURES, Mixing, depth_mixing, effective_rank
 from attnres_jax.analysis.plots import depth_heatmap, layer_profile, loss_curves, loss_differences, mixing_panels
@@ -25,6 +32,7 @@ __all__ = [
     "effective_rank",
     "inspect_model",
     "inspect_run",
+    "is_inspected",
     "judge",
     "layer_profile",
     "loss_curves",

@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 
 from attnres_jax.analysis.runs import Run, RunError
-from attnres_jax.config import MeshConfig, flatten
+from attnres_jax.config import flatten
+from attnres_jax.training.workdir import IRRELEVANT
 
-# Keys that do not change what is trained.
+# Keys, or the beginnings of keys, that do not change what is trained.
 _BOOKKEEPING = (
+    *IRRELEVANT,
     "name",
     "seed",
-    "data.cache_dir",
+    "metrics.",
     "training.log_every",
     "training.checkpoint_every",
     "training.keep_checkpoints",
-    *(f"mesh.{axis.name}" for axis in dataclasses.fields(MeshConfig)),
 )
 
 
@@ -113,7 +114,7 @@ def same_tokens(runs: Sequence[Run]) -> bool:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    return {key: value for key, value in flatten(run.config).items() if key not in _BOOKKEEPING}
+    return {key: value for key, value in flatten(run.config).items() if not key.startswith(_BOOKKEEPING)}
 
 
 def _label(index: int, members: list[list[Run]], names: list[str]) -> str:

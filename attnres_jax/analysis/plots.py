@@ -99,14 +99,12 @@ def loss_differences(arms: Sequence[Arm]) -> Figure:
         tokens = _stack(arms[0], "heldout", "tokens").mean(0) / scale
         for arm, look in _looks(arms):
             loss = _stack(arm, "heldout", "loss")
-            length = min(loss.shape[1], first.shape[1])
-            here = _stack(arm, "heldout", "tokens").mean(0)[:length] / scale
-            same = here == tokens[:length]
-            gap = loss[:, :length] - first[:, :length].mean(0)
-            axes.plot(here[same], gap.mean(0)[same], marker="o", markersize=3, label=arm.label, **look)
+            here = _stack(arm, "heldout", "tokens").mean(0) / scale
+            both, own, firsts = np.intersect1d(here, tokens, return_indices=True)
+            gap = loss[:, own] - first[:, firsts].mean(0)
+            axes.plot(both, gap.mean(0), marker="o", markersize=3, label=arm.label, **look)
             if len(gap) > 1:
-                low, high = gap.min(0)[same], gap.max(0)[same]
-                axes.fill_between(here[same], low, high, color=look["color"], alpha=0.15, linewidth=0)
+                axes.fill_between(both, gap.min(0), gap.max(0), color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(label)
         axes.set_ylabel("difference, nats a token")
         _legend(figure)

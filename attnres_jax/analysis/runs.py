@@ -133,6 +133,8 @@ def read_run(workdir: str | Path) -> Run:
     summary = _read_summary(workdir / "summary.json", notes)
     inspection = _read_inspection(workdir / "inspection.npz", notes)
     done, steps = max(*rows["eval"], *rows["train"]), config.training.steps
+    if "step" in inspection and inspection["step"] != done:
+        notes.append(f"{workdir} was inspected at step {inspection['step']} of the {done} that it has trained.")
     if summary.get("status", "unfinished") != "finished" or done < steps:
         notes.append(f"{workdir} is {summary.get('status', 'unfinished')}: step {done} of {steps}.")
     return Run(

@@ -38,11 +38,15 @@ def validate(config: Config) -> None:
     """
     model, data, training, optimizer = config.model, config.data, config.training, config.optimizer
     validate_model(model)
+    if not 0 <= config.seed < 2**32:  # of others, JAX would take the last 32 bits
+        raise ConfigError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
     _one_of("data.source", data.source, ("stdlib", "text"))
     _positive("data", data, "sequence_length", "batch_size")
     _positive("training", training, "steps", "accumulation", "log_every", "eval_every", "eval_sequences")
     _positive("training", training, "checkpoint_every", "keep_checkpoints", "process_timeout")
-    _positive("optimizer", optimizer, "learning_rate", "eps", "clip_norm")
+    _positive("optimizer", optimizer, "learning_rate", "eps")
+    if not optimizer.clip_norm > 0:
+        raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be positive; inf does not clip")
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, key) < 1:
             raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)} must be at least 0 and below 1")
@@ -110,6 +114,8 @@ def validate_model(model: ModelConfig) -> None:
     if "kda" in kinds:
         _positive("model.kda", model.kda, "head_dim", "conv_size")
         _not_negative("model.kda", model.kda, "num_heads")
+        if not math.isfinite(model.kda.gate_lower_bound):
+            raise ConfigError(f"model.kda.gate_lower_bound={model.kda.gate_lower_bound} must be finite; 0: unbounded")
         if model.kda.gate_lower_bound > 0:
             raise ConfigError(
                 f"model.kda.gate_lower_bound={model.kda.gate_lower_bound} must be negative, or 0 for the unbounded "
@@ -237,5 +243,6 @@ def _not_negative(group: str, values: Any, *keys: str) -> None:
 
 def _positive(group: str, values: Any, *keys: str) -> None:
     for key in keys:
-        if not getattr(values, key) > 0:
-            raise ConfigError(f"{group}.{key}={getattr(values, key)} must be positive")
+        value = getattr(values, key)
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{group}.{key}={value} must be {'finite' if value == math.inf else 'positive'}")

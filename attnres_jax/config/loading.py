@@ -66,6 +66,10 @@ def load_config(path_with_args: str, overrides: Sequence[str] = ()) -> Config:
         near = difflib.get_close_matches(path, map(str, Path(path).parent.glob("*.py")), 1)
         raise ConfigError(f"config file {path!r} does not exist" + (f"; did you mean {near[0]!r}?" if near else ""))
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    if spec is None:
+        raise ConfigError(
+            f"config file {path!r} is no Python file; it is to end in .py and define get_config(argument)"
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -74,6 +78,10 @@ def load_config(path_with_args: str, overrides: Sequence[str] = ()) -> Config:
         raise ConfigError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError, SyntaxError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, config_dict.ConfigDict):
+        raise ConfigError(
+            f"{path}: get_config returns {type(values).__name__}; it is to return default_config(), changed"
+        )
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -100,11 +108,19 @@ def read_config(path: Path) -> Config:
       ConfigError: if it is not there or does not hold a valid configuration.
     """
     try:
-        return config_from_dict(json.loads(path.read_text()))
+        values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: {str(path.parent)!r} is not the workdir of a run") from None
-    except json.JSONDecodeError as error:
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; the config of a run is a group of keys")
+    try:
+        return config_from_dict(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

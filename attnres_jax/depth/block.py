@@ -276,7 +276,7 @@ class Block:
         A lone source is not mixed but counts as one.
         """
         size = self.source_size
-        reads = [1 + site // size + bool(site % size) for site in range(num_sublayers)]
+        reads = [1 + site // size + min(self.num_own(site % size), 1) for site in range(num_sublayers)]
         reads.append(1 + self.num_sources(num_sublayers))
         if self.options.window:
             reads = [min(read, 1 + self.options.window) for read in reads]

@@ -54,7 +54,9 @@ class InputQuery(WholeBank, Block):
     def query(self, sites: Sites, site: Int[Array, ""], newest: Float[Array, "*batch H d"]) -> Float[Array, "*batch D"]:
         """The query of each token at a site; of the first, what is projected alone (see `Block.scoring`)."""
         x = unit_rms(wide(self.join(newest)), self.eps)
-        return sites.query[...].at[0].set(0.0)[site] + jnp.einsum("...d,de->...e", x, sites.query_projection[site], precision=HIGHEST)
+        return sites.query[...].at[0].set(0.0)[site] + jnp.einsum(
+            "...d,de->...e", x, sites.query_projection[site], precision=HIGHEST
+        )
 
     def token_logits(self, sites: Sites, query: Float[Array, "*batch D"], sources: Float[Array, "K *batch H d"], site):
         """The logits of K sources at one site, [K, 1, *batch, H]."""

@@ -87,7 +87,12 @@ def inter_block(
 
     Returns:
       Unnormalised numerator [S, *batch, D], running maximum and denominator [S, *batch].
+
+    Raises:
+      ValueError: if `num_valid`, where it is no traced array, is not from 1 to N.
     """
+    if isinstance(num_valid, int) and not 1 <= num_valid <= len(bank):
+        raise ValueError(f"num_valid={num_valid} of a bank of {len(bank)} sources must be from 1 to {len(bank)}")
     key_scales = jnp.ones_like(queries) if key_scales is None else key_scales
     logits = jnp.moveaxis(depth_logits(bank, queries, key_scales, eps), 0, 1)
     weights, maximum, denominator = exponents(logits, num_valid)

@@ -80,8 +80,12 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
     def record(self, step: int) -> dict[str, Any]:
-        """What was given to `save` as `record`."""
-        return self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore())).record
+        """What was given to `save` as `record`.
+
+        Raises:
+          CheckpointError: if it cannot be read; as `restore` and `restore_model`.
+        """
+        return self._read(step, record=ocp.args.JsonRestore()).record
 
     def check_text(self, step: int, fingerprint: str) -> None:
         """Compares the text at hand with that of a checkpoint, whose record holds its fingerprint as `text`.
@@ -99,21 +103,30 @@ class Checkpoints(contextlib.AbstractContextManager):
     def restore(self, step: int, shapes: TrainState, batches: Any) -> TrainState:
         """The state saved at `step`, put where the shapes' shardings say; sets the position of `batches`."""
         rest = _without_model(shapes)
-        restored = self._manager.restore(
+        restored = self._read(
             step,
-            args=ocp.args.Composite(
-                model=ocp.args.StandardRestore(_arrays(shapes.model)),
-                training=ocp.args.StandardRestore(_arrays(rest)),
-                data=ocp.args.JsonRestore(),
-            ),
+            model=ocp.args.StandardRestore(_arrays(shapes.model)),
+            training=ocp.args.StandardRestore(_arrays(rest)),
+            data=ocp.args.JsonRestore(),
         )
         batches.set_state(restored.data)
         return TrainState(model=_rebuild(shapes.model, restored.model), **_rebuild(rest, restored.training))
 
     def restore_model(self, step: int, shapes: Any) -> Any:
         """The model alone, as saved at `step`."""
-        restored = self._manager.restore(step, args=ocp.args.Composite(model=ocp.args.StandardRestore(_arrays(shapes))))
-        return _rebuild(shapes, restored.model)
+        return _rebuild(shapes, self._read(step, model=ocp.args.StandardRestore(_arrays(shapes))).model)
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:  # orbax raises bare ones for a damaged file
+            reason = " ".join(str(error).split())[:200]
+            message = f"the checkpoint of step {step} in {self._workdir} cannot be read: {reason}"
+            earlier = [other for other in self.steps() if other < step]
+            if earlier:
+                place = self._workdir / "checkpoints" / str(step)
+                message += f"; if it is damaged, remove {place} to go on from step {earlier[-1]}"
+            raise CheckpointError(message) from error
 
 
 def restore_model(workdir: Path | str, step: int | None = None, mesh: Mesh | None = None) -> tuple[Config, Any, int]:
@@ -126,7 +139,7 @@ def restore_model(workdir: Path | str, step: int | None = None, mesh: Mesh | Non
 
     Raises:
       ConfigError: if this is not a run's directory.
-      CheckpointError: if there is no checkpoint, or none of that step.
+      CheckpointError: if there is no checkpoint, none of that step, or one that cannot be read.
     """
     workdir = Path(workdir)
     config = read_config(workdir / "config.json")
@@ -136,11 +149,7 @@ def restore_model(workdir: Path | str, step: int | None = None, mesh: Mesh | Non
             step = steps[-1]
         elif step not in steps:
             raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-        try:
-            model = checkpoints.restore_model(step, abstract_state(config, mesh).model)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"the checkpoint of step {step} in {workdir} cannot be read: {reason}") from error
+        model = checkpoints.restore_model(step, abstract_state(config, mesh).model)
     return config, model, step
 
 

@@ -37,6 +37,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
 
     Raises:
       WorkdirError: if the directory cannot hold this run.
+      CheckpointError: if the newest checkpoint cannot be read.
       ChangedTextError: if the text is not that of the checkpoint.
       ConfigError: if the devices do not make up the mesh that `config.mesh` asks for.
       NonFiniteError: naming the step whose loss, gradients or parameters are not finite.

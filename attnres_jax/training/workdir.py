@@ -14,8 +14,8 @@ from attnres_jax.config import Config, flatten, read_config
 from attnres_jax.errors import UserError
 
 IRRELEVANT = ("data.cache_dir", "mesh.", "pipeline.", "training.process_timeout")
-"""Keys, or the beginnings of keys, that may differ between the run's configuration and the one asked for: they change
-no number, mesh and pipeline none but by rounding. A run goes on on other devices than it was begun on."""
+"""Keys, or the beginnings of keys, that change no number of a run, mesh and pipeline none but by rounding: a run may go
+on with others, on other devices than it was begun on."""
 
 
 class WorkdirError(UserError):
@@ -24,6 +24,8 @@ class WorkdirError(UserError):
 
 def claim(workdir: Path, config: Config) -> contextlib.AbstractContextManager:
     """Makes the directory this run's own, or finds that it is; until the result is closed nobody else can claim it.
+
+    A run that ended before its first step and first row can be asked for again by another configuration.
 
     Raises:
       WorkdirError: one line, if it is a file, cannot be written, holds unrelated files, is in use, or was made by
@@ -37,10 +39,15 @@ def claim(workdir: Path, config: Config) -> contextlib.AbstractContextManager:
         workdir.mkdir(parents=True, exist_ok=True)
         _refuse_unrelated(workdir)
         lock = _lock(workdir)
-        if (workdir / "config.json").exists():
-            _refuse_another(workdir, config)
-        else:
-            write_json(workdir / "config.json", dataclasses.asdict(config))
+        path = workdir / "config.json"
+        differing = _differing(read_config(path), config) if path.exists() else []
+        if differing and _has_begun(workdir):
+            raise WorkdirError(
+                f"--workdir={workdir} was made by another config: {'; '.join(differing)}; "
+                "name another directory or ask for the same config"
+            )
+        if differing or not path.exists():
+            write_json(path, dataclasses.asdict(config))
     except OSError as error:
         raise WorkdirError(f"--workdir={workdir} cannot be written: {error.strerror} ({error.filename})") from error
     return lock
@@ -82,15 +89,14 @@ def _lock(workdir: Path) -> contextlib.AbstractContextManager:
     return file
 
 
-def _refuse_another(workdir: Path, config: Config) -> None:
-    there, asked = flatten(read_config(workdir / "config.json")), flatten(config)
-    differing = [
-        f"{key}={there[key]!r} there, {asked[key]!r} asked"
-        for key in asked
-        if there[key] != asked[key] and not key.startswith(IRRELEVANT)
-    ]
-    if differing:
-        raise WorkdirError(
-            f"--workdir={workdir} was made by another config: {'; '.join(differing)}; "
-            "name another directory or ask for the same config"
-        )
+def _has_begun(workdir: Path) -> bool:
+    """Whether there is anything of the run that a new beginning would lose: a row or a checkpoint."""
+    rows = workdir / "metrics.jsonl"
+    return (rows.exists() and rows.stat().st_size > 0) or any((workdir / "checkpoints").glob("[0-9]*"))
+
+
+def _differing(there: Config, asked: Config) -> list[str]:
+    """What makes them two runs, a phrase each."""
+    then, now = flatten(there), flatten(asked)
+    keys = [key for key in now if then[key] != now[key] and not key.startswith(IRRELEVANT)]
+    return [f"{key}={then[key]!r} there, {now[key]!r} asked" for key in keys]
