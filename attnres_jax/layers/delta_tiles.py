@@ -141,6 +141,9 @@ def backward(plan, row, starts, saved, bars):
     with the factors between tiles left out. G_i takes K_in * K_in_bar + Q_in * Q_in_bar - K_out * K_out_bar: whatever a
     middle takes cancels. G_C takes exp(G_C) * S * S_bar summed over values, and what is written, K_out times the last
     term of K_out_bar, summed over tokens.
+
+    Where all that a decay takes is small, nothing large may cancel in it: P_ii has no decay and is not in these sums;
+    and of what is written, G_C's less that of a token and all later ones, it takes that of the earlier ones.
     """
     read_bar, state_bar = bars
     precision, dtype = state_precision(row), state_bar.dtype
@@ -148,7 +151,7 @@ def backward(plan, row, starts, saved, bars):
     def one_group(state_bar, inputs):
         x, o_bar, (states, new, inverse, scores) = inputs
         faded, documents = _faded(x), _documents(x)
-        strictly, lower = _masks(plan.size, documents)
+        strictly, _ = _masks(plan.size, documents)
         reading, writing = documents.first * faded.before, documents.last * faded.after
         whole = documents.whole * faded.whole
 
@@ -169,23 +172,21 @@ def backward(plan, row, starts, saved, bars):
         state_bar, (state_bars, targets_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
 
         products_bar = _where(strictly, -matmul_nt(targets_bar, new, HIGHEST))
-        scores_bar = _where(lower, matmul_nt(o_bar, new, HIGHEST))
+        scores_bar, own_bar = _where(strictly, matmul_nt(o_bar, new, HIGHEST)), dot(o_bar, new)[..., None]
         right_sides = _right_sides(faded)
         k_in_bar = _left_bar(products_bar, right_sides) - reading * matmul_nt(targets_bar, states, precision)
         q_in_bar = _left_bar(scores_bar, right_sides) + reading * matmul_nt(o_bar, states, precision)
         written_bar = writing * matmul_nt(new, state_bars, precision)
-        k_out_bar = _right_bar(faded, products_bar, scores_bar) + written_bar
+        k_out_bar = _right_bar(faded, products_bar, scores_bar)
 
         sums_bar = faded.k_in * k_in_bar + faded.q_in * q_in_bar - faded.k_out * k_out_bar
-        # A product with ones: XLA on CPU would sum inside the product before, at a third of its speed.
-        whole_bar = matmul(everywhere(np.ones((1, plan.size)), x.k), faded.k_out * written_bar, HIGHEST)
-        whole_bar += (whole[..., 0] * dot(states, state_bars))[..., None, :]
+        whole_bar = (whole[..., 0] * dot(states, state_bars))[..., None, :]
         rows_bar = faded.from_middle * k_in_bar  # of beta * k
         return state_bar, Inputs(
-            faded.from_middle * q_in_bar,
-            faded.to_token * k_out_bar + x.beta * rows_bar,
+            faded.from_middle * q_in_bar + own_bar * x.k,
+            faded.to_token * (k_out_bar + written_bar) + x.beta * rows_bar + own_bar * x.q,
             x.beta * targets_bar,
-            _sums_from_token_on(sums_bar, documents) + documents.last * whole_bar,
+            _sums(sums_bar, faded.k_out * written_bar, documents) + whole_bar,
             (dot(rows_bar, x.k) + dot(targets_bar, x.v))[..., None],
             None,
         )
@@ -281,17 +282,28 @@ def _right_bar(faded: Faded, products_bar: Float[Array, "*batch C C"], scores_ba
     return jnp.concatenate(bars[::-1], -2)
 
 
-def _sums_from_token_on(x: Float[Array, "*batch C K"], documents: Documents) -> Float[Array, "*batch C K"]:
-    """Of a token and all later ones of its document and chunk."""
+def _sums(later: Float[Array, "*batch C K"], earlier: Float[Array, "*batch C K"], documents: Documents):
+    """Of `later` over a token and all later ones, and of `earlier` over all earlier ones, of its document and chunk."""
     if documents.same is not True:  # what others have adds up to nothing, but for rounding
-        row, token = np.indices((x.shape[-2],) * 2)
-        return matmul((documents.same & jnp.asarray(token >= row)).astype(x.dtype), x, HIGHEST)
-    x = tiles(x, _tile(x.shape[-2]))
-    within = matmul(everywhere(np.triu(np.ones((x.shape[-2],) * 2)), x), x, HIGHEST)
-    totals = within[..., 0, :]
-    later = matmul(everywhere(np.triu(np.ones((x.shape[-3],) * 2), 1), totals), totals, HIGHEST)
-    within += later[..., None, :]
-    return within.reshape(*x.shape[:-3], -1, x.shape[-1])
+        row, token = np.indices((later.shape[-2],) * 2)
+        pairs = [(token >= row, later), (token < row, earlier)]
+        return sum(matmul((documents.same & jnp.asarray(seen)).astype(x.dtype), x, HIGHEST) for seen, x in pairs)
+    # Products with ones: XLA on CPU would sum inside the product before, at a third of its speed.
+    tile = _tile(later.shape[-2])
+    both = jnp.concatenate([tiles(later, tile), tiles(earlier, tile)], -2)
+    sums = matmul(everywhere(_in_tile(tile), both), both, HIGHEST)
+    totals = jnp.concatenate([sums[..., tile, :], sums[..., tile + 1, :]], -2)
+    count = totals.shape[-2] // 2
+    others = np.concatenate([np.triu(np.ones((count, count)), 1), np.tril(np.ones((count, count)), -1)], 1)
+    sums = sums[..., :tile, :] + matmul(everywhere(others, totals), totals, HIGHEST)[..., None, :]
+    return sums.reshape(later.shape)
+
+
+@functools.cache
+def _in_tile(tile: int) -> np.ndarray:
+    """A tile's part of `_sums` from both arrays, and then the total of each [tile + 2, 2 tiles]."""
+    ones = np.ones((tile, tile))
+    return np.block([[np.triu(ones), np.tril(ones, -1)], [ones[:1], 0 * ones[:1]], [0 * ones[:1], ones[:1]]])
 
 
 def _documents(x: Inputs) -> Documents:

@@ -13,8 +13,8 @@ from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence, delt
 from attnres_jax.layers.delta_algebra import Plan
 
 LENGTHS = (1, 63, 64, 65)
-FORGETTING = ("mild", "slow", "edge", "strong", "mixed")
-IN_TILES = {"none", "mild", "slow", "edge"}  # the others are taken level by level
+FORGETTING = ("mild", "slow", "edge", "bound", "strong", "mixed")
+IN_TILES = {"none", "mild", "slow", "edge", "bound"}  # the others are taken level by level
 
 
 @pytest.fixture
@@ -31,7 +31,10 @@ def log_decays(rng, kind, shape):
     """Up to 200 a step; `mixed` puts steps of 200 next to steps of 0.001, where a difference of sums has no digits.
 
     `edge` does the same within what is still taken from a tile's middle: one step of 39 in every half of 16 tokens.
+    `bound` is as far as Kimi K3's gate goes, at every step: what a decay's gradient is made of is small everywhere.
     """
+    if kind == "bound":
+        return np.full(shape, -5.0)
     if kind == "edge":
         steps = rng.exponential(0.01, shape)
         steps[:, rng.integers(0, 8) :: 8] = 39
