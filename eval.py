@@ -31,6 +31,8 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     """Model, text, loss."""
     if arguments or overrides:
         raise flags.Error(f"{(arguments + overrides)[0]!r} is not understood; the config is that of the workdir")
+    if None not in (STEP.value, PRETRAINED.value):
+        raise flags.Error(f"--step={STEP.value} is a checkpoint of the run, --pretrained is not; give one of them")
     workdir = Path(WORKDIR.value)
     config = read_config(workdir / "config.json")
     enable_compilation_cache(config.data)
@@ -46,10 +48,6 @@ def evaluate_run(workdir: Path, config: Config) -> str:
     if PRETRAINED.value is None:
         config, model, step = restore_model(workdir, STEP.value, mesh)
         name = f"{workdir} at step {step}"
-    elif STEP.value is not None:
-        raise flags.Error(
-            f"--step={STEP.value} is of the run's checkpoints, which --pretrained replaces; give one of them"
-        )
     else:
         model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
         step = None

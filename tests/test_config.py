@@ -162,6 +162,11 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         (TINY, ["pipeline.virtual_stages=0"], "pipeline.virtual_stages=0 must be positive"),
         (TINY, ["training.z_loss=-1"], "training.z_loss=-1.0 must not be negative"),
         (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
+        (TINY, ["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf must be finite"),
+        (TINY, ["optimizer.clip_norm=0"], "optimizer.clip_norm=0.0 must be positive"),
+        (KIMI, ["model.kda.gate_lower_bound=nan"], "model.kda.gate_lower_bound=nan must be finite"),
+        (TINY, [f"seed={2**32}"], f"seed={2**32} must be from 0 to {2**32 - 1}"),
+        (str(ROOT / "pyproject.toml"), [], "is no Python file"),
     ],
 )
 def test_errors_are_one_line_that_names_key_value_and_way_out(spec, overrides, message):
@@ -185,6 +190,9 @@ def test_a_config_file_that_sets_an_unknown_key_or_a_wrong_type(tmp_path):
         with pytest.raises(ConfigError) as error:
             load_config(str(path))
         assert message in str(error.value) and "\n" not in str(error.value)
+    path.write_text("def get_config(_):\n  pass\n")
+    with pytest.raises(ConfigError, match=r"bad2\.py: get_config"):
+        load_config(str(path))
 
 
 def test_json_round_trip(tmp_path):
@@ -196,6 +204,14 @@ def test_json_round_trip(tmp_path):
     path.write_text("{")
     with pytest.raises(ConfigError, match="is not JSON"):
         read_config(path)
+    path.write_text("[]")
+    with pytest.raises(ConfigError, match="holds a list"):
+        read_config(path)
+    path.write_text('{"model": {"foo": 1}}')
+    with pytest.raises(ConfigError, match=rf"^{path}: config key 'model\.foo' is unknown"):
+        read_config(path)
+    with pytest.raises(ConfigError, match="cannot be read: Not a directory"):
+        read_config(path / "config.json")
     with pytest.raises(ConfigError, match="is not the workdir of a run"):
         read_config(tmp_path / "nothing" / "config.json")
     with pytest.raises(ConfigError, match="must be a group of keys"):
@@ -230,6 +246,7 @@ def test_help_is_the_docstring_and_the_projects_own_flags():
         (["train.py", f"--config={TINY}", "--workdir=w", "--config.model.widht=3"], "did you mean 'model.width'?"),
         (["train.py", f"--config={TINY}", "--workdr=w"], "Did you mean: workdir"),
         (["eval.py", "--workdir=w"], "not the workdir of a run"),
+        (["eval.py", "--workdir=w", "--step=3", "--pretrained=d"], "--step=3 is a checkpoint of the run"),
         (["compare.py", "w"], "w"),
     ],
 )

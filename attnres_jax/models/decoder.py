@@ -219,7 +219,7 @@ def _mla(config: ModelConfig, rngs: nnx.Rngs) -> MLA:
         output_gate=mla.output_gate,
         eps=config.norm_eps,
         latent_eps=mla.latent_eps,
-        scale_multiplier=scaling.softmax_multiplier if isinstance(scaling, YarnScaling) else 1.0,
+        scale_multiplier=scaling.softmax_multiplier if mla.rotary and isinstance(scaling, YarnScaling) else 1.0,
         dtype=config.dtype,
         implementation=config.attention,
         rngs=rngs,

@@ -12,6 +12,7 @@ def read(*workdirs):
 
 def test_runs_that_differ_by_seed_name_and_bookkeeping_are_one_arm(make_run):
     bookkeeping = ["name=again", "training.log_every=7", "training.checkpoint_every=9", "data.cache_dir=/elsewhere"]
+    bookkeeping += ["metrics.depth=true", "training.process_timeout=5", "pipeline.schedule=gpipe", "mesh.fsdp=2"]
     runs = read(
         make_run("a", "block", seed=0, loss=3.0),
         make_run("b", "residual", seed=0),

@@ -1,3 +1,5 @@
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ from attnres_jax.analysis import (
     depth_weights,
     inspect_model,
     inspect_run,
+    is_inspected,
     magnitudes,
     read_run,
     write_report,
@@ -152,3 +155,16 @@ def test_run_is_inspected_into_its_workdir(real_run):
     assert list(before["source_labels"]) == ["embedding", "block 1", "block 2"] == list(inspection.source_labels)
     assert before["depth_weights"].shape == (5, 3)
     assert not list(real_run.glob(".inspection*"))
+
+
+def test_an_inspection_of_another_step_is_told(real_run, tmp_path):
+    """Someone looked at a run half way, and it went on."""
+    workdir = tmp_path / "run"
+    shutil.copytree(real_run, workdir)
+    assert is_inspected(workdir) and read_run(workdir).notes == ()
+    arrays = dict(np.load(workdir / "inspection.npz"))
+    np.savez(workdir / "inspection.npz", **arrays | {"step": 4})
+    assert not is_inspected(workdir)
+    assert read_run(workdir).notes == (f"{workdir} was inspected at step 4 of the 8 that it has trained.",)
+    (workdir / "inspection.npz").write_bytes(b"PK")
+    assert not is_inspected(workdir)

@@ -65,6 +65,10 @@ def test_differences_take_the_tokens_that_both_have(make_run):
     short = make_run("b", "block", steps=30, loss=2.0)
     lines = drawn(loss_differences(group([read_run(make_run("a")), read_run(short)])))
     assert len(lines["tiny_block"][0]) == 3 and len(lines["tiny_residual"][0]) == 4
+    rows = (short / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (short / "metrics.jsonl").write_text("".join(row for row in rows if '"eval", "step": 10' not in row))
+    late = drawn(loss_differences(group([read_run(make_run("c")), read_run(short)])))["tiny_block"]
+    np.testing.assert_array_equal(late, np.array(lines["tiny_block"])[:, 1:])
 
 
 def test_profile_turns_logarithmic_where_a_line_would_lie_on_zero():

@@ -99,6 +99,13 @@ def test_no_key_scale_stands_for_ones():
     )
 
 
+@pytest.mark.parametrize("num_valid", [-1, 0, 4])
+def test_a_bank_has_between_one_and_all_of_its_sources(num_valid):
+    sources, queries, _, _ = draw(2, 3)
+    with pytest.raises(ValueError, match=f"num_valid={num_valid} of a bank of 3 sources must be from 1 to 3"):
+        inter_block(sources, queries, None, num_valid)
+
+
 def test_scaling_a_source_leaves_the_weights_and_scales_its_contribution():
     sources, queries, key_scales, _ = draw(3, 4)
     mixed, weights = depth_attention(sources, queries[0], key_scales[0], eps=0.0, return_weights=True)

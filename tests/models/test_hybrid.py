@@ -10,7 +10,7 @@ from flax import nnx
 from numerics import worst
 
 from attnres_jax import ModelConfig, build_model
-from attnres_jax.config import DepthConfig, KDAConfig, MLAConfig, MoEConfig
+from attnres_jax.config import DepthConfig, KDAConfig, MLAConfig, MoEConfig, RopeScalingConfig
 from attnres_jax.models import unrolled
 from attnres_jax.models.plan import cut, slots_of
 
@@ -44,6 +44,16 @@ def make(rule, block_size, queries=0.3, **changes):
 
 def objective(logits, reports):
     return (jax.nn.log_softmax(logits)[..., 3] ** 2).mean() + 0.1 * reports.balance_loss.sum() + reports.z_loss.mean()
+
+
+def test_yarn_is_for_attention_that_rotates():
+    """Else a `rope_scaling` that no layer reads would change what the model computes."""
+    scaling = RopeScalingConfig(kind="yarn", factor=40.0, mscale_all_dim=1.0)
+    for rotary, expected in ((False, 1), (True, (0.1 * np.log(40) + 1) ** 2)):
+        mla = dataclasses.replace(TINY.mla, rotary=rotary)
+        config = dataclasses.replace(TINY, mla=mla, rope_scaling=scaling)
+        layer = nnx.eval_shape(lambda config=config: build_model(config, rngs=nnx.Rngs(0))).sublayers["mla"]
+        assert layer.scale == pytest.approx(expected * 12**-0.5)
 
 
 @pytest.fixture(scope="module", params=RULES, ids=str)

@@ -15,6 +15,7 @@ import pytest
 from flax import nnx
 from small_runs import ROOT, small_overrides
 
+from attnres_jax.analysis.inspection import MAGNITUDES, inspect_model
 from attnres_jax.config import (
     Config,
     DataConfig,
@@ -121,14 +122,18 @@ def loss_and_gradients(model, batch):
     return jax.value_and_grad(share)(model)
 
 
+def places(mesh, model):
+    """Where the parameters of a model, or its shapes, lie."""
+    return jax.tree.map(lambda leaf: leaf.sharding, with_shardings(mesh, model))
+
+
 def on_mesh(mesh, model):
     """(the model born there, the compiled program, its loss and gradients)."""
     with use_mesh(mesh):
-        shapes = with_shardings(mesh, jax.eval_shape(lambda: drawn(model)))
-        places = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-        born = jax.jit(lambda: drawn(model), out_shardings=places)()
+        there = places(mesh, jax.eval_shape(lambda: drawn(model)))
+        born = jax.jit(lambda: drawn(model), out_shardings=there)()
         batch = put_batch(mesh, BATCH)
-        program = jax.jit(loss_and_gradients, out_shardings=(replicated(mesh), places)).lower(born, batch).compile()
+        program = jax.jit(loss_and_gradients, out_shardings=(replicated(mesh), there)).lower(born, batch).compile()
         return born, program, program(born, batch)
 
 
@@ -195,6 +200,16 @@ def test_loss_and_gradients_are_those_of_one_device(kind, rule, sizes, single):
     assert relative(got_loss, loss) < 1e-6
     errors = {name: relative(leaf, named_leaves(gradients)[name]) for name, leaf in named_leaves(got).items()}
     assert max(errors.values()) < 1e-5, max(errors.items(), key=lambda item: item[1])
+
+
+def test_inspection_of_a_split_model_is_that_of_one_device(single):
+    """Row by row, which the devices cannot divide."""
+    model, rows = single("dense", "block")[0], {key: value[:2] for key, value in make_batch().items()}
+    expected = inspect_model(model, rows)
+    mesh = mesh_of(model_of("dense", "block"), fsdp=4, tensor=2)
+    found = inspect_model(jax.device_put(model, places(mesh, model)), rows, mesh)
+    for key in (*MAGNITUDES, "depth_weights", "mixing_matrix"):
+        np.testing.assert_allclose(getattr(found, key), getattr(expected, key), rtol=1e-5, err_msg=key)
 
 
 @pytest.mark.parametrize("rule", ["block", "full"])
@@ -289,9 +304,9 @@ def test_a_checkpoint_goes_from_any_mesh_to_any_other(config, tmp_path):
         with Checkpoints(tmp_path / str(i), keep=1) as checkpoints:
             checkpoints.save(1, state, batches, {})
             for other in meshes:
-                places = abstract_state(config, other)
-                restored = checkpoints.restore(1, places, batches)
-                for got, where, value in zip(*map(jax.tree.leaves, (restored, places, want)), strict=True):
+                shapes = abstract_state(config, other)
+                restored = checkpoints.restore(1, shapes, batches)
+                for got, where, value in zip(*map(jax.tree.leaves, (restored, shapes, want)), strict=True):
                     assert got.sharding.is_equivalent_to(where.sharding, got.ndim)
                     np.testing.assert_array_equal(host(got), value)
 

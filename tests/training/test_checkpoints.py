@@ -11,7 +11,7 @@ import pytest
 from attnres_jax.data import heldout_batches, load_text, train_iterator
 from attnres_jax.errors import ConfigError
 from attnres_jax.evaluation import evaluate
-from attnres_jax.training import CheckpointError, TrainState, restore_model
+from attnres_jax.training import CheckpointError, TrainState, restore_model, train
 from attnres_jax.training.checkpoints import Checkpoints
 from attnres_jax.training.records import read_summary
 
@@ -105,6 +105,20 @@ def test_restored_model_is_the_one_that_was_trained(finished_run, config):
     _, earlier, step = restore_model(finished_run, 8)
     assert step == 8
     assert evaluate(earlier, heldout_batches(text, config.data, 8), text.token_bytes).loss > result.loss
+
+
+def test_a_damaged_checkpoint_is_one_line_that_names_the_one_before(stopped_run, config):
+    files = [path for path in (stopped_run / "checkpoints" / "12" / "model").rglob("*") if path.is_file()]
+    largest = max(files, key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+    for read in (lambda: restore_model(stopped_run), lambda: train(config, stopped_run)):
+        with pytest.raises(
+            CheckpointError, match=r"step 12 .* remove .*/checkpoints/12 to go on from step 8$"
+        ) as error:
+            read()
+        assert "\n" not in str(error.value)
+    shutil.rmtree(stopped_run / "checkpoints" / "12")
+    assert restore_model(stopped_run)[2] == 8
 
 
 def test_missing_checkpoints_are_one_line(stopped_run, tmp_path):

@@ -22,7 +22,11 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("rule, options", [(rule, {}) for rule in RULES] + [("block", o) for o in ABLATIONS.values()])
+@pytest.mark.parametrize(
+    "rule, options",
+    [(rule, {}) for rule in RULES]
+    + [pytest.param("block", options, marks=pytest.mark.slow, id=name) for name, options in ABLATIONS.items()],
+)
 def test_200_small_steps_bring_the_loss_down(rule, options, overrides, tmp_path):
     changes = ["training.steps=200", "training.eval_every=100", "training.checkpoint_every=200"]
     changes += [f"model.depth.{key}={value}" for key, value in options.items()]

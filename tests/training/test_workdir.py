@@ -16,6 +16,12 @@ from attnres_jax.training.workdir import WorkdirError, claim, write_json
 CONFIG = Config()
 
 
+def begun(workdir, config=CONFIG):
+    """A run with a row to lose."""
+    claim(workdir, config).close()
+    (workdir / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+
+
 def refusal(workdir, config=CONFIG) -> str:
     with pytest.raises(WorkdirError) as caught:
         claim(workdir, config)
@@ -33,7 +39,7 @@ def test_a_new_directory_gets_the_config_and_is_found_again(tmp_path):
 
 
 def test_another_config_is_refused_with_the_differing_keys_and_both_values(tmp_path):
-    claim(tmp_path, CONFIG).close()
+    begun(tmp_path)
     other = dataclasses.replace(CONFIG, seed=3, model=ModelConfig(width=64))
     message = refusal(tmp_path, other)
     assert "seed=0 there, 3 asked" in message
@@ -41,8 +47,20 @@ def test_another_config_is_refused_with_the_differing_keys_and_both_values(tmp_p
     assert "num_layers" not in message
 
 
-def test_another_cache_directory_is_the_same_run(tmp_path):
+def test_a_run_that_never_began_takes_another_config(tmp_path):
+    """A typo in data.files ends a run after its config is written: the corrected command is to work."""
     claim(tmp_path, CONFIG).close()
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").touch()
+    other = dataclasses.replace(CONFIG, seed=3)
+    claim(tmp_path, other).close()
+    assert json.loads((tmp_path / "config.json").read_text())["seed"] == 3
+    (tmp_path / "checkpoints" / "10").mkdir()
+    assert "seed=3 there, 0 asked" in refusal(tmp_path)
+
+
+def test_another_cache_directory_is_the_same_run(tmp_path):
+    begun(tmp_path)
     claim(tmp_path, dataclasses.replace(CONFIG, data=DataConfig(cache_dir="/elsewhere"))).close()
 
 
