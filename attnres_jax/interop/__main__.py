@@ -33,14 +33,18 @@ TEXT = flags.DEFINE_string(
 )
 TOKENS = flags.DEFINE_integer("tokens", 512, "verify: how many tokens at most.", lower_bound=1)
 STEP = flags.DEFINE_integer("step", None, "export: which checkpoint; the newest if not given.")
-DTYPE = flags.DEFINE_enum("dtype", None, ["float32", "bfloat16"], "export: of the tensors; as trained if not given.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", None, ["float32", "bfloat16"], "export: of tensors and, once loaded, activations; as trained if not given."
+)
 
 
 def main(arguments: list[str], overrides: list[str]) -> int | None:
     """Dispatches."""
     commands = {"inspect": (_inspect, 1), "convert": (_convert, 2), "verify": (_verify, 2), "export": (_export, 2)}
     name, *rest = arguments or [""]
-    if name not in commands or overrides:
+    if overrides:
+        raise flags.Error(f"--config.{overrides[0]}: no command takes --config; a model has its own (see --help)")
+    if name not in commands:
         raise flags.Error(f"command {name!r} is unknown; known: {', '.join(commands)} (see --help)")
     command, count = commands[name]
     if len(rest) != count:

@@ -11,9 +11,10 @@ from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.store import read_json
 from attnres_jax.interop.tables import TABLES
 from attnres_jax.models import FAMILIES, Family, family_of
-from attnres_jax.models.family import same_function, write_depth
+from attnres_jax.models.family import differences, write_depth
 
 DEPTH_KEYS = ("attn_res_block_size", "attn_res_sum")
+CODE = "auto_map"
 FURTHER = "num_nextn_predict_layers"
 
 
@@ -35,11 +36,11 @@ def read_config_json(directory: Path) -> tuple[Family, ModelConfig, dict[str, An
 
 
 def config_json_of(
-    config: ModelConfig, like: Path | None = None, quantised: bool = False
+    config: ModelConfig, like: Path | None = None, quantised: bool = False, dtype: str | None = None
 ) -> tuple[Family, dict[str, Any]]:
     """(family, `config.json`) of a model; with `like`, that directory's file under the model's depth rule.
 
-    What it says of quantised tensors stays where they are to be `quantised` again.
+    What it says of quantised tensors stays where they are to be `quantised` again; `dtype` is that of the others.
 
     Raises:
       InteropError: if no family can hold the model, or `like` describes another one.
@@ -47,12 +48,12 @@ def config_json_of(
     try:
         if like is None:
             family = family_of(config)
-            return family, family.write(config)
+            return family, _as_written(family.write(config), quantised, dtype)
         family, there, values = read_config_json(like)
-        differing = same_function(there, config)
+        differing = differences(there, config)
         if differing:
             raise InteropError(f"{like} is another model: it differs in {', '.join(differing)}")
-        return family, _as_written(with_depth(family, values, config), quantised)
+        return family, _as_written(with_depth(family, values, config), quantised, dtype)
     except ConfigError as error:
         raise InteropError(str(error)) from None
 
@@ -72,13 +73,14 @@ def num_further_layers(family: Family, values: Mapping[str, Any]) -> int:
 def with_depth(family: Family, values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     """A `config.json` under the depth rule of `config`, and without `auto_map`, whose code does not come along."""
     text = _text_with_depth(family.text_settings(values), config)
-    values = {**values, family.nested[0]: text} if family.nested else text
-    return {key: value for key, value in values.items() if key != "auto_map"}
+    if family.nested is None:
+        return text
+    return {key: value for key, value in values.items() if key != CODE} | {family.nested[0]: text}
 
 
 def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
     depth = write_depth(config.depth)
-    kept = {key: value for key, value in values.items() if key not in DEPTH_KEYS}
+    kept = {key: value for key, value in values.items() if key not in (*DEPTH_KEYS, CODE)}
     if "attn_res_block_size" in values and not depth:
         kept["attn_res_block_size"] = None
     # A block size beyond the stack says the same as the clipped one: what was written stays.
@@ -88,13 +90,14 @@ def _text_with_depth(values: Mapping[str, Any], config: ModelConfig) -> dict[str
     return kept | depth
 
 
-def _as_written(values: Mapping[str, Any], quantised: bool) -> dict[str, Any]:
-    """A `config.json` for the tensors that are written: none of multi-token prediction, and plain ones or quantised."""
+def _as_written(values: Mapping[str, Any], quantised: bool, dtype: str | None) -> dict[str, Any]:
+    """A `config.json` for the tensors that are written: no multi-token prediction; plain, of `dtype`, or quantised."""
     kept = {
-        key: _as_written(value, quantised) if isinstance(value, Mapping) else value
+        key: _as_written(value, quantised, dtype) if isinstance(value, Mapping) else value
         for key, value in values.items()
         if quantised or key != "quantization_config"
     }
+    kept |= dict.fromkeys({"dtype", "torch_dtype"} & set(kept), dtype) if dtype else {}
     return kept | ({FURTHER: 0} if kept.get(FURTHER) else {})
 
 

@@ -8,7 +8,6 @@ to its eps, which acts on a mean square that is K^2 smaller; with `sum_sources` 
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,18 +17,19 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig
-from attnres_jax.errors import ConfigError
-from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit
-from attnres_jax.interop.config_json import num_further_layers, read_config_json, with_depth, write_config_json
+from attnres_jax.interop.binding import bind, embedding_name
+from attnres_jax.interop.checkpoint import abstract_model, open_checkpoint
+from attnres_jax.interop.config_json import with_depth, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
 from attnres_jax.interop.output import new_directory
-from attnres_jax.interop.pretrained import abstract_model, is_site, load_pretrained, with_rule
+from attnres_jax.interop.pretrained import load_pretrained
 from attnres_jax.interop.store import SINGLE, TensorStore, shard_names, write_file, write_index
 from attnres_jax.interop.tables import TABLES
 from attnres_jax.models import Decoder, default_block_size, named_leaves, unrolled
 
 NEW_FILE = "model-attention-residuals.safetensors"
+START = {"sites.query": np.zeros, "sites.key_scale": np.ones}
 ROUNDING = 2e-5
 """Relative difference of float32 logits that the order of summation explains."""
 
@@ -58,33 +58,26 @@ def convert(
       InteropError: if the source is not sound or not residual, or the rule not one of the format.
     """
     directory = local_directory(source)
-    family, config, values = read_config_json(directory)
+    family, config, values, store, old = open_checkpoint(directory)
     if config.depth.rule != "residual":
         raise InteropError(f"{directory} is an AttnRes model already: attn_res_block_size is not null")
-    if residual == "residual":
-        raise InteropError("residual='residual' changes nothing; to convert into: block")
+    if residual != "block":
+        raise InteropError(f"residual={residual!r} is no rule to convert into; known: block")
+    if not 0 <= layers_per_block <= config.num_layers:
+        raise InteropError(
+            f"layers_per_block={layers_per_block} is not one of 1 to {config.num_layers}, or 0 for about eight blocks; "
+            f"nearest: layers_per_block={config.num_layers if layers_per_block > 0 else 1}"
+        )
     size = 2 * layers_per_block or default_block_size(config.num_layers)
-    sum_sources &= residual == "block"  # no other rule is one of the format, and few have the option
-    config = with_rule(config, DepthConfig(rule=residual, block_size=size, sum_sources=sum_sources), directory)
-    try:
-        values = with_depth(family, values, config)
-    except ConfigError as error:
-        raise InteropError(str(error)) from None
+    depth = DepthConfig(rule=residual, block_size=size, sum_sources=sum_sources)
+    config = dataclasses.replace(config, depth=depth)
     shapes = abstract_model(config)
-    leaves, table, store = named_leaves(shapes), TABLES[family.model_type], TensorStore(directory)
-    bindings = bind(table, leaves, shapes.plan())
-    old = fit([binding for binding in bindings if not is_site(binding.ours)], store.entries)
-    check(table, old, store.entries, directory, num_further_layers(family, values))
-    new = _new_tensors([b for b in bindings if is_site(b.ours)], store.dtype(embedding_name(old)))
+    sites = [b for b in bind(TABLES[family.model_type], named_leaves(shapes), shapes.plan()) if b.ours in START]
+    new = {b.theirs: START[b.ours](b.shape, store.dtype(embedding_name(old))) for b in sites}
     with new_directory(Path(target)) as temporary:
-        write_config_json(temporary, values)
+        write_config_json(temporary, with_depth(family, values, config))
         copy_companions(directory, temporary)
         _copy_weights(store, temporary, new, progress)
-
-
-def _new_tensors(bindings: Sequence[Binding], dtype: np.dtype) -> dict[str, np.ndarray]:
-    start = {"sites.query": np.zeros, "sites.key_scale": np.ones}
-    return {binding.theirs: start[binding.ours](binding.shape, dtype) for binding in bindings}
 
 
 def _copy_weights(store: TensorStore, target: Path, new: dict[str, np.ndarray], progress: bool) -> None:

@@ -16,9 +16,10 @@ def new_directory(target: Path) -> Iterator[Path]:
     Raises:
       InteropError: if `target` is a file or not empty, or cannot be written.
     """
+    target = Path(os.path.realpath(target))  # of a link, what it points to
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InteropError(f"{target} exists and is not an empty directory; name a new one")
-    temporary = target.absolute().parent / f".{target.absolute().name}.partial-{os.getpid()}"
+    temporary = target.parent / f".{target.name}.partial-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -26,7 +27,7 @@ def new_directory(target: Path) -> Iterator[Path]:
             _sync(path)
         _sync(temporary)
         os.replace(temporary, target)
-        _sync(target.absolute().parent)
+        _sync(target.parent)
     except OSError as error:
         raise InteropError(f"{target} cannot be written: {error.strerror or error}") from None
     finally:

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from tqdm import tqdm
 
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
-from attnres_jax.interop.binding import Binding, bind, check, embedding_name, fit, tied_head
-from attnres_jax.interop.config_json import config_json_of, num_further_layers, read_config_json, write_config_json
+from attnres_jax.interop.binding import Binding, bind, embedding_name, fit, tied_head
+from attnres_jax.interop.checkpoint import abstract_model, open_checkpoint
+from attnres_jax.interop.config_json import config_json_of, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
 from attnres_jax.interop.output import new_directory
@@ -59,19 +59,13 @@ def load_pretrained(
       InteropError: one line, for whatever is missing, extra, misshapen, damaged or not supported.
     """
     directory = local_directory(directory_or_repo_id)
-    family, stored_config, values = read_config_json(directory)
+    _, stored_config, _, store, bindings = open_checkpoint(directory)
     config = dataclasses.replace(stored_config, dtype=dtype or stored_config.dtype)
     if residual is not None:
         config = with_rule(config, residual, directory)
     _check(config, param_dtype)
-    store, table = TensorStore(directory), TABLES[family.model_type]
     shapes = abstract_model(config)
     leaves = named_leaves(shapes)
-    new = stored_config.depth.rule != config.depth.rule
-    bindings = bind(table, {n: x for n, x in leaves.items() if not new or not is_site(n)}, shapes.plan())
-    bindings = fit(bindings, store.entries)
-    check(table, bindings, store.entries, directory, num_further_layers(family, values))
-    _check_tied_head(store, tied_head(table, bindings, store.entries), embedding_name(bindings))
     if sharding is None:
         sharding = partial(parameter_sharding, mesh) if mesh else _first_device
     by_parameter: dict[str, list[Binding]] = {}
@@ -84,7 +78,7 @@ def load_pretrained(
             part = _reader(store, own, shape, kept)
             arrays[name] = jax.make_array_from_callback(shape, sharding(name, shape), part)
             bar.update(len(own))
-    if new:
+    if stored_config.depth.rule != config.depth.rule:
         sites = named_leaves({"sites": shapes.rule().init_sites(len(shapes.plan()), config.width)})
         kept = arrays["embedding.table"].dtype
         arrays |= {name: jax.device_put(x.astype(kept), sharding(name, x.shape)) for name, x in sites.items()}
@@ -111,7 +105,8 @@ def save_pretrained(
         config holds are kept. Tensors that were quantised there are written as bfloat16, unless `quantised`.
       quantised: tensors that are quantised in `like` are again, in its format: the same bytes where nothing has
         changed, the nearest numbers elsewhere, which of a trained model are not quite the same.
-      dtype: of the tensors, in the place of the parameters' own.
+      dtype: of the tensors, in the place of the parameters' own and of those in `like`, but for quantised ones and
+        those that a format keeps in float32. `config.json` says it too, so that activations have it after loading.
       max_shard_bytes: size of a file.
       progress: shows a bar.
       write_more: called with the directory before it is complete, to put further files into it.
@@ -121,7 +116,7 @@ def save_pretrained(
     """
     like = None if like is None else local_directory(like)
     _check(model.config, dtype)
-    family, values = config_json_of(model.config, like, quantised)
+    family, values = config_json_of(model.config, like, quantised, dtype)
     leaves = named_leaves(model)
     if not all(getattr(leaf, "is_fully_addressable", True) for leaf in leaves.values()):
         raise InteropError("parameters are spread over several processes; gather them before saving")
@@ -135,8 +130,10 @@ def save_pretrained(
         rows += [row._replace(theirs=head) for row in rows if row.theirs == embedding_name(rows)]
     bindings, dtypes = {row.theirs: row for row in rows}, {}
     for name, binding in bindings.items():
-        own = binding.dtype or dtype or str(np.dtype(leaves[binding.ours].dtype))
-        dtypes[name] = there[name].dtype if name in there else STORED[DTYPES[own]]
+        said = binding.dtype or dtype
+        own = DTYPES[said] if said else np.dtype(leaves[binding.ours].dtype)
+        kept = name in there and (binding.dtype or not dtype)
+        dtypes[name] = there[name].dtype if kept else STORED[own]
     sizes = {name: math.prod(b.shape) * _numpy(dtypes[name]).itemsize for name, b in bindings.items()}
     part = _parts(leaves)
 
@@ -185,16 +182,6 @@ def with_rule(config: ModelConfig, residual: str | DepthConfig, where: Any) -> M
     config = dataclasses.replace(config, depth=residual)
     _check(config, None)
     return config
-
-
-def abstract_model(config: ModelConfig) -> Decoder:
-    """Shapes, without computing anything."""
-    return jax.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))
-
-
-def is_site(name: str) -> bool:
-    """Whether a parameter is one of the depth rule's."""
-    return name.startswith("sites.")
 
 
 def to_theirs(part: np.ndarray, binding: Binding) -> np.ndarray:
@@ -257,19 +244,6 @@ def _check(config: ModelConfig, param_dtype: str | None) -> None:
         raise InteropError(str(error)) from None
     if param_dtype not in (None, *DTYPES):
         raise InteropError(f"param_dtype={param_dtype!r} is unknown; known: {', '.join(DTYPES)}")
-
-
-def _check_tied_head(store: TensorStore, head: str | None, embedding: str) -> None:
-    """A stored head of a tied model has to be the embedding."""
-    if head is None:
-        return
-    rows, step = store.entries[embedding].shape[0], 4096
-    same = store.entries[head].shape == store.entries[embedding].shape and all(
-        np.array_equal(store.read(head, at), store.read(embedding, at))
-        for at in ((slice(start, min(start + step, rows)),) for start in range(0, rows, step))
-    )
-    if not same:
-        raise InteropError(f"{store.directory}: tie_word_embeddings is true, but {head} is not {embedding}")
 
 
 def _first_device(name: str, shape: tuple[int, ...]) -> Sharding:

@@ -4,29 +4,21 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from attnres_jax.interop.binding import bind, check, fit
-from attnres_jax.interop.config_json import num_further_layers, read_config_json
+from attnres_jax.interop.checkpoint import abstract_model, open_checkpoint
 from attnres_jax.interop.convert import Verification
 from attnres_jax.interop.hub import local_directory
-from attnres_jax.interop.pretrained import abstract_model
-from attnres_jax.interop.store import TensorStore
-from attnres_jax.interop.tables import TABLES
 from attnres_jax.models import named_leaves
 
 
 def inspect_text(name: Path | str) -> str:
-    """A directory in a few lines; nothing is read but settings and headers.
+    """A directory in a few lines; nothing is read but what `open_checkpoint` reads.
 
     Raises:
       InteropError: if it could not be loaded.
     """
     directory = local_directory(name)
-    family, config, values = read_config_json(directory)
-    store, shapes = TensorStore(directory), abstract_model(config)
-    leaves = named_leaves(shapes)
-    table = TABLES[family.model_type]
-    bindings = fit(bind(table, leaves, shapes.plan()), store.entries)
-    check(table, bindings, store.entries, directory, num_further_layers(family, values))
+    family, config, _, store, bindings = open_checkpoint(directory)
+    leaves = named_leaves(abstract_model(config))
     dtypes = Counter()
     for entry in store.entries.values():
         dtypes[entry.dtype] += math.prod(entry.shape)

@@ -177,6 +177,9 @@ class _KimiEncoder:
         ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
+        size = self.encoding.n_vocab
+        if outside := [index for index in ids if not 0 <= index < size]:
+            raise InteropError(f"id {outside[0]} is none of the tokenizer's, which are 0 to {size - 1}")
         special = set(self.special.values()) if skip_special_tokens else ()
         return self.encoding.decode([index for index in ids if index not in special], errors="replace")
 

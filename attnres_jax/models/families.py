@@ -6,7 +6,7 @@ import difflib
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import DEEPSEEK_V3
-from attnres_jax.models.family import Family
+from attnres_jax.models.family import Family, NoPlaceError
 from attnres_jax.models.kimi_k3 import KIMI_K3
 from attnres_jax.models.kimi_linear import KIMI_LINEAR
 from attnres_jax.models.llama import LLAMA
@@ -54,14 +54,20 @@ def family_of(config: ModelConfig) -> Family:
     """The family that a model is exported as.
 
     Raises:
-      ConfigError: if none can hold it.
+      ConfigError: if none can hold it, with what keeps it from the nearest one.
     """
-    reasons = {}
+    errors = []
     for family in FAMILIES.values():
         try:
             family.write(config)
         except ConfigError as error:
-            reasons[family.model_type] = str(error)
+            errors.append(error)
         else:
             return family
-    raise ConfigError("; ".join(dict.fromkeys(reasons.values())))
+    raise min(errors, key=_distance)
+
+
+def _distance(error: ConfigError) -> tuple[bool, bool, int]:
+    """How far a model is from a family: a kind of layer is farther than any number of settings."""
+    lost = error.lost if isinstance(error, NoPlaceError) else {}
+    return not lost, not lost.keys().isdisjoint(("attention_layers", "mlp_layers")), len(lost)

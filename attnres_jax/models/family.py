@@ -7,8 +7,10 @@ from typing import Any
 from attnres_jax.config import (
     DepthConfig,
     ModelConfig,
+    MoEConfig,
     RopeScalingConfig,
     attention_kinds,
+    flatten,
     head_dim,
     kda_heads,
     mlp_kinds,
@@ -19,8 +21,19 @@ from attnres_jax.pattern import shorten
 
 REQUIRED = object()
 """The default of a key that has none."""
-MOST_LAYERS = 10_000
+COUNTS = {"num_layers": range(1, 10_001), "moe.num_experts": range(65_537)}
 """What a `config.json` may ask for: a damaged number is to be refused, not built."""
+
+
+class NoPlaceError(ConfigError):
+    """A model that the format of a family has no place for."""
+
+    def __init__(self, family: str, lost: Mapping[str, tuple[Any, Any]]):
+        given, needed = (", ".join(f"model.{name}={pair[i]!r}" for name, pair in lost.items()) for i in range(2))
+        have = "has" if len(lost) == 1 else "have"
+        super().__init__(f"{given} {have} no place in the {family} format, which needs {needed}")
+        self.lost = lost
+        """By setting: what the model has, and what it would become."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +97,10 @@ class Family:
                 raise ConfigError(f"{name}={values[name]!r} is not supported; supported: {_words(allowed)}")
         ours = dict(self.constants)
         for key in self.keys:
-            ours[key.ours] = read_key(key, values)
-        if not 1 <= ours["num_layers"] <= MOST_LAYERS:
-            raise ConfigError(f"num_hidden_layers={ours['num_layers']} is not one of 1 to {MOST_LAYERS}")
+            value = ours[key.ours] = read_key(key, values)
+            if key.ours in COUNTS and value not in COUNTS[key.ours]:
+                allowed = COUNTS[key.ours]
+                raise ConfigError(f"{key.theirs}={value} is not one of {allowed[0]} to {allowed[-1]}")
         ours |= read_rope(values) | self.read_more(values)
         ours["dtype"] = _dtype(values)
         ours["depth"] = read_depth(values, ours["num_layers"])
@@ -98,7 +112,8 @@ class Family:
         """The `config.json` of a model.
 
         Raises:
-          ConfigError: if the family has no place for one of its settings.
+          NoPlaceError: if the family has no place for some of its settings.
+          ConfigError: if it cannot be built, or the format cannot say it at all.
         """
         values: dict[str, Any] = {}
         for key in self.keys:
@@ -113,9 +128,9 @@ class Family:
         if self.nested:
             values = {self.nested[0]: {"model_type": self.nested[1]} | values}
         values = {"architectures": [self.architecture], "model_type": self.model_type} | values
-        lost = same_function(self.read(values), config)
+        lost = differences(config, self.read(values))
         if lost:
-            raise ConfigError(f"model.{lost[0]}={_get(config, lost[0])!r} has no place in the {self.model_type} format")
+            raise NoPlaceError(self.model_type, lost)
         return values
 
     def text_settings(self, values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -132,14 +147,14 @@ class Family:
         return text
 
 
-def same_function(left: ModelConfig, right: ModelConfig) -> list[str]:
-    """Names of the settings, of those that `RUNTIME` does not list, in which two models differ: none if they agree."""
-    left, right = canonical(left), canonical(right)
-    return [
-        field.name
-        for field in dataclasses.fields(ModelConfig)
-        if field.name not in RUNTIME and getattr(left, field.name) != getattr(right, field.name)
-    ]
+def differences(left: ModelConfig, right: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """The settings, of those that `RUNTIME` does not list, in which two models differ: none if they agree."""
+    ours, theirs = (flatten(canonical(config)) for config in (left, right))
+    return {
+        name: (value, theirs[name])
+        for name, value in ours.items()
+        if name.partition(".")[0] not in RUNTIME and value != theirs[name]
+    }
 
 
 def canonical(config: ModelConfig) -> ModelConfig:
@@ -155,13 +170,26 @@ def canonical(config: ModelConfig) -> ModelConfig:
     if "kda" in attention:
         changes["kda"] = dataclasses.replace(config.kda, num_heads=kda_heads(config))
     if "moe" in mlps:
-        moe = config.moe
-        changes["moe"] = dataclasses.replace(moe, num_shared=min(moe.num_shared, 1), shared_width=moe.all_shared_width)
+        changes["moe"] = _canonical_moe(config.moe)
     if "swiglu" not in mlps:
         changes["mlp_width"] = default.mlp_width
+    if not config.mla.rotary:
+        changes["mla"] = dataclasses.replace(config.mla, rotary_interleaved=False)
     unused = {"mla": attention, "kda": attention, "moe": mlps}
     changes |= {kind: getattr(default, kind) for kind, kinds in unused.items() if kind not in kinds}
     return dataclasses.replace(config, **changes)
+
+
+def _canonical_moe(moe: MoEConfig) -> MoEConfig:
+    count, rest = divmod(moe.all_shared_width, moe.expert_width)  # shared experts are one MLP, however it is counted
+    changes = (
+        {"num_shared": 1, "shared_width": moe.all_shared_width} if rest else {"num_shared": count, "shared_width": 0}
+    )
+    if not moe.latent_width:
+        changes["latent_norm"] = MoEConfig().latent_norm
+    if moe.num_groups == moe.top_groups:
+        changes |= {"num_groups": 1, "top_groups": 1}
+    return dataclasses.replace(moe, **changes)
 
 
 def read_depth(values: Mapping[str, Any], num_layers: int) -> DepthConfig:
@@ -336,7 +364,7 @@ def _assemble(values: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(**top)
 
 
-RUNTIME = ("dtype", "remat", "attention", "experts", "depth")
+RUNTIME = ("dtype", "remat", "attention", "experts", "expert_exchange", "expert_capacity", "depth")
 """How a model is run, and the depth rule, which `write_depth` answers for."""
 
 

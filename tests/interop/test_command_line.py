@@ -43,6 +43,7 @@ def test_inspect_convert_and_verify(tmp_path):
     [
         ((), "command '' is unknown; known: inspect, convert, verify, export"),
         (("inspect",), "inspect takes 1 argument, not 0"),
+        (("inspect", "nowhere", "--config.x=1"), "--config.x=1: no command takes --config"),
         (("inspect", "nowhere"), "'nowhere' is neither a directory nor a repository id"),
         (("convert", FIXTURES / "llama", FIXTURES), "is not an empty directory"),
         (("verify", FIXTURES / "llama", FIXTURES / "llama", "--text=nowhere"), "--text=nowhere cannot be read"),

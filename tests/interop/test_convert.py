@@ -11,6 +11,9 @@ from checkpoints import CASES, FIXTURES, copy, drawn, rewrite, same_bytes, tenso
 from numerics import worst
 
 from attnres_jax.interop import InteropError, convert, load_pretrained, save_pretrained, verify
+from attnres_jax.interop.config_json import with_depth
+from attnres_jax.interop.report import inspect_text
+from attnres_jax.models import FAMILIES, preset
 
 PARITY = {case: np.load(FIXTURES / case / "parity.npz") for case in CASES}
 
@@ -94,11 +97,13 @@ def test_models_that_are_not_the_same(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"residual": "full"}, "has no place in config.json"),
-        ({"residual": "mhc"}, "has no place in config.json"),
-        ({"residual": "residual"}, "changes nothing"),
-        ({"residual": "blok"}, "model.depth.rule='blok' is unknown"),
-        ({"layers_per_block": 9}, "model.depth.block_size=18 sublayers does not fit 6 sublayers"),
+        ({"residual": "full"}, "residual='full' is no rule to convert into; known: block"),
+        ({"residual": "residual"}, "residual='residual' is no rule to convert into; known: block"),
+        (
+            {"layers_per_block": 100},
+            "layers_per_block=100 is not one of 1 to 3, or 0 for about eight blocks; nearest: lay",
+        ),
+        ({"layers_per_block": -1}, "nearest: layers_per_block=1"),
     ],
 )
 def test_conversions_that_are_refused(options, message, tmp_path):
@@ -106,6 +111,37 @@ def test_conversions_that_are_refused(options, message, tmp_path):
         convert(FIXTURES / "llama", tmp_path / "out", **options)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "case, change, message",
+    [
+        (
+            "qwen3",
+            lambda held: {"lm_head.weight": 2 * held["model.embed_tokens.weight"]},
+            "lm_head.weight is not model",
+        ),
+        (
+            "llama",
+            lambda held: {"model.norm.weight": np.ones(32, np.int64)},
+            "has the dtype I64, which is not supported",
+        ),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_converted_nor_called_sound(case, change, message, tmp_path):
+    directory = copy(case, tmp_path / "in")
+    rewrite(directory, lambda held: held.update(change(held)))
+    for attempt in (load_pretrained, inspect_text, lambda source: convert(source, tmp_path / "out")):
+        with pytest.raises(InteropError, match=message):
+            attempt(directory)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_code_of_a_nested_text_model_does_not_come_along():
+    values = FAMILIES["kimi_k3"].write(preset("kimi-k3"))
+    code = {"auto_map": {"AutoModel": "modeling.Model"}}
+    held = values | code | {"text_config": values["text_config"] | code}
+    assert with_depth(FAMILIES["kimi_k3"], held, preset("kimi-k3")) == values
 
 
 def test_a_converted_model_is_not_converted_again(tmp_path):

@@ -267,6 +267,8 @@ def test_settings_that_are_refused(changes, message, tmp_path):
         ("qwen3", {"layer_types": 5}, "layer_types=5 is not supported"),
         ("qwen3_moe", {"mlp_only_layers": 5}, "mlp_only_layers=5 must be a list of layers"),
         ("qwen3_moe", {"num_hidden_layers": -1}, "num_hidden_layers=-1 is not one of"),
+        ("qwen3_moe", {"num_experts": 10**12}, "num_experts=1000000000000 is not one of 0 to 65536"),
+        ("deepseek_v3", {"n_routed_experts": 10**12}, "n_routed_experts=1000000000000 is not one of 0 to 65536"),
     ],
 )
 def test_settings_of_a_family_that_are_refused(case, changes, message, tmp_path):
@@ -312,6 +314,41 @@ def test_what_cannot_be_saved_leaves_nothing(tmp_path):
     (tmp_path / "empty").mkdir()
     save_pretrained(drawn(), tmp_path / "empty")
     assert (tmp_path / "empty" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_is_followed_to_what_it_names(there, tmp_path):
+    """To an empty directory, or to none yet; the link stays."""
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    save_pretrained(drawn(), tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real" / "model.safetensors").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "real"]
+
+
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_a_dtype_that_is_asked_for_is_of_all_tensors_and_in_config_json(key, tmp_path):
+    """Whatever `like` has, but for rows with a dtype of their own."""
+    directory = copy("kimi_linear", tmp_path / "in")
+    edit_config(directory, **{"dtype": None, "torch_dtype": None, key: "float32"})
+    model = load_pretrained(directory)
+    for name, like, written in (("like", directory, key), ("out", None, "dtype")):
+        save_pretrained(model, tmp_path / name, like=like, dtype="bfloat16")
+        for tensor, x in tensors(tmp_path / name).items():
+            assert x.dtype == (np.float32 if tensor.endswith(WIDE) else jax.numpy.bfloat16), tensor
+        assert json.loads((tmp_path / name / "config.json").read_text())[written] == "bfloat16"
+        assert load_pretrained(tmp_path / name).config.dtype == "bfloat16"
+    save_pretrained(model, tmp_path / "half", dtype="float16")
+    assert load_pretrained(tmp_path / "half").config.dtype == "float32"
+
+
+def test_float64_survives_where_jax_has_it(tmp_path):
+    directory = copy("llama", tmp_path / "in")
+    rewrite(directory, lambda held: held.update({name: x.astype(np.float64) for name, x in held.items()}))
+    with jax.enable_x64(True):
+        save_pretrained(load_pretrained(directory), tmp_path / "out")
+    assert same_bytes(tensors(tmp_path / "out"), tensors(directory))
 
 
 def test_a_repository_is_fetched_without_code(tmp_path, monkeypatch):

@@ -110,6 +110,18 @@ def test_saved_in_8_bits_again_what_has_not_changed_keeps_its_bytes(in_8_bits, t
     assert json.loads((tmp_path / "out/config.json").read_text()) == json.loads((in_8_bits / "config.json").read_text())
 
 
+def test_a_dtype_is_of_the_tensors_that_are_not_quantised(in_8_bits, tmp_path):
+    model, before = load_pretrained(in_8_bits), stored(in_8_bits)
+    save_pretrained(model, tmp_path / "again", like=in_8_bits, quantised=True, dtype="bfloat16")
+    for name, (dtype, _, data) in stored(tmp_path / "again").items():
+        if before[name][0] == "F8_E4M3" or name.endswith(("_scale_inv", "correction_bias")):
+            assert (dtype, data) == (before[name][0], before[name][2])
+        else:
+            assert dtype == "BF16"
+    save_pretrained(model, tmp_path / "plain", like=in_8_bits, dtype="float32")
+    assert {dtype for dtype, *_ in stored(tmp_path / "plain").values()} == {"F32"}
+
+
 @pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
 def test_changed_tiles_are_the_nearest_numbers_of_8_bits(one, dtype):
     directory, _ = one

@@ -2,15 +2,16 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
 
-from attnres_jax.config import DepthConfig, ModelConfig, RopeScalingConfig
+from attnres_jax.config import DepthConfig, MLAConfig, ModelConfig, MoEConfig, RopeScalingConfig, load_config
 from attnres_jax.errors import ConfigError
 from attnres_jax.models import FAMILIES, PRESETS, Decoder, default_block_size, family_of, preset
-from attnres_jax.models.family import same_function
+from attnres_jax.models.family import differences
 
 PUBLISHED = {  # of the model cards, in billions
     "qwen3-0.6b": 0.6,
@@ -69,7 +70,7 @@ def test_a_config_json_survives_the_way_out_and_back(name):
     family = PRESETS[name]
     for config in (preset(name, block_size=2), preset(name, "block")):
         read = family.read(family.write(config))
-        assert not same_function(read, config) and read.depth == config.depth and read.dtype == config.dtype
+        assert not differences(read, config) and read.depth == config.depth and read.dtype == config.dtype
         expected = FAMILIES["kimi_linear"] if name == "kimi-k3" else family  # whose text model is one of those
         assert family_of(config) is expected
 
@@ -84,6 +85,48 @@ def test_settings_without_a_place_are_refused():
         depth = DepthConfig(rule="block", **options)
         with pytest.raises(ConfigError, match=r"has no place in config\.json"):
             family_of(dataclasses.replace(model, depth=depth))
+
+
+def test_a_run_of_a_config_file_has_a_family_however_it_is_run():
+    config = load_config(str(Path(__file__).parents[2] / "configs/kimi_linear_48b.py"))
+    assert family_of(config.model).model_type == "kimi_linear"
+    capped = dataclasses.replace(config.model, expert_exchange="routed", expert_capacity=2.0)
+    assert family_of(capped).model_type == "kimi_linear"
+
+
+def test_the_nearest_family_names_what_it_has_no_place_for():
+    """Its settings one by one, as they have to be; of other kinds of layers only where nothing has these."""
+
+    def refused(**options):
+        with pytest.raises(ConfigError) as error:
+            family_of(ModelConfig(**options))
+        return str(error.value)
+
+    assert refused(mlp_layers="moe", moe=MoEConfig(num_shared=0, correction_bias=False)) == (
+        "model.moe.router_activation='sigmoid' has no place in the qwen3_moe format, "
+        "which needs model.moe.router_activation='softmax'"
+    )
+    assert refused(mlp_layers="moe").startswith(
+        "model.moe.num_shared=1, model.moe.router_activation='sigmoid', model.moe.correction_bias=True have no place"
+    )
+    assert refused(attention_layers="kda*3,mla", mla=MLAConfig(latent_eps=1e-3)) == (
+        "model.mla.latent_eps=0.001 has no place in the kimi_linear format, which needs model.mla.latent_eps=1e-06"
+    )
+    assert refused(attention_layers="kda,gqa").startswith("model.attention_layers='kda,gqa")
+
+
+@pytest.mark.parametrize(
+    "options, family",
+    [
+        ({"moe": MoEConfig(num_groups=4, top_groups=4), "mlp_layers": "moe", "attention_layers": "mla"}, "kimi_linear"),
+        ({"moe": MoEConfig(latent_norm=False), "mla": MLAConfig(rotary=True)}, "deepseek_v3"),
+        ({"mla": MLAConfig(rotary_interleaved=True)}, "kimi_linear"),
+    ],
+)
+def test_settings_that_no_layer_reads_need_no_place(options, family):
+    config = ModelConfig(**{"attention_layers": "mla", "mlp_layers": "moe"} | options)
+    default = dataclasses.replace(config, moe=MoEConfig(), mla=MLAConfig(rotary=config.mla.rotary))
+    assert family_of(config) is FAMILIES[family] and not differences(config, default)
 
 
 def test_rotary_settings_under_old_and_new_names():
