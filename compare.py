@@ -11,8 +11,10 @@ from attnres_jax.cli import launch
 _REPORT = flags.DEFINE_string("report", None, "Where to write the comparison as a self-contained HTML file.")
 
 
-def main(workdirs: list[str], _: list[str]) -> None:
+def main(workdirs: list[str], overrides: list[str]) -> None:
     """Prints the table of `workdirs`, the first being the one the others are held against."""
+    if overrides:
+        raise flags.Error(f"--config.{overrides[0]} is not understood; the configs are those of the workdirs")
     comparison = compare(workdirs)
     print(text(comparison))
     if _REPORT.value:

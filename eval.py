@@ -14,6 +14,7 @@ from absl import flags
 from attnres_jax.cli import launch
 from attnres_jax.config import Config, read_config
 from attnres_jax.data import heldout_batches, load_text
+from attnres_jax.errors import ConfigError
 from attnres_jax.evaluation import evaluate
 from attnres_jax.interop import load_pretrained
 from attnres_jax.parallel import mesh_that_fits, put_batch, use_mesh
@@ -52,7 +53,7 @@ def evaluate_run(workdir: Path, config: Config) -> str:
         model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
         step = None
         if model.config.vocab_size != config.model.vocab_size:
-            raise flags.Error(
+            raise ConfigError(
                 f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
             )
     text = one_first(lambda: load_text(config.data, config.model.vocab_size))

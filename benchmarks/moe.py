@@ -27,13 +27,13 @@ from attnres_jax.errors import ConfigError
 from attnres_jax.layers.experts import experts, grouped_matmul
 from attnres_jax.training import retain_host_memory
 
-EXPERTS = flags.DEFINE_integer("experts", 16, "Experts.")
-TOP = flags.DEFINE_integer("top", 2, "Experts of a token.")
-ROWS = flags.DEFINE_integer("rows", 4096, "Rows: tokens times --top.")
-WIDTH = flags.DEFINE_integer("width", 512, "Model width.")
-HIDDEN = flags.DEFINE_integer("hidden", 512, "Width of an expert.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
-ROUNDS = flags.DEFINE_integer("rounds", 11, "Rounds.")
+EXPERTS = flags.DEFINE_integer("experts", 16, "Experts.", lower_bound=1)
+TOP = flags.DEFINE_integer("top", 2, "Experts of a token.", lower_bound=1)
+ROWS = flags.DEFINE_integer("rows", 4096, "Rows: tokens times --top.", lower_bound=1)
+WIDTH = flags.DEFINE_integer("width", 512, "Model width.", lower_bound=1)
+HIDDEN = flags.DEFINE_integer("hidden", 512, "Width of an expert.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
+ROUNDS = flags.DEFINE_integer("rounds", 11, "Rounds.", lower_bound=1)
 RETAIN = flags.DEFINE_bool("retain_memory", True, "Keep freed memory, as train.py does: see retain_host_memory.")
 JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 
@@ -43,6 +43,8 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
     if ROWS.value % TOP.value:
         raise ConfigError(f"--rows={ROWS.value} is not divisible by --top={TOP.value}")
+    if TOP.value > EXPERTS.value:
+        raise ConfigError(f"--top={TOP.value} is more than --experts={EXPERTS.value}")
     if RETAIN.value:
         retain_host_memory()
     device = f"{jax.devices()[0].device_kind} ({os.cpu_count()} cores), {platform.machine()}"

@@ -31,6 +31,8 @@ JSON = flags.DEFINE_string("json", None, "Also write the figures to this file.")
 def main(arguments: list[str], overrides: list[str]) -> int:
     if arguments:
         raise ConfigError(f"unexpected argument {arguments[0]!r}")
+    if len(set(NAMES.value)) < len(NAMES.value):
+        raise ConfigError(f"--rules={','.join(NAMES.value)} names a rule twice")
     retain_host_memory()
     overrides = [f"training.steps={STEPS.value}", *overrides]
     for name in NAMES.value:

@@ -34,11 +34,13 @@ from attnres_jax.training import TrainState, learning_rate_schedule, make_optimi
 ARMS = flags.DEFINE_list(
     "arms", ["residual", "plain", "block", "full", "rms_block"], "Depth rules; the first is the baseline."
 )
-WIDTH = flags.DEFINE_integer("width", 512, "Model width.")
-LAYERS = flags.DEFINE_integer("layers", 16, "Transformer layers; with several --blocks, those of 8 blocks.")
+WIDTH = flags.DEFINE_integer("width", 512, "Model width.", lower_bound=1)
+LAYERS = flags.DEFINE_integer(
+    "layers", 16, "Transformer layers; with several --blocks, those of 8 blocks.", lower_bound=1
+)
 BLOCKS = flags.DEFINE_list("blocks", ["8"], "Blocks N of the block rule, a table each; layers a block stay the same.")
-TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens in a step, as one row.")
-DTYPE = flags.DEFINE_string("dtype", "float32", "Compute dtype.")
+TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens in a step, as one row.", lower_bound=1)
+DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Compute dtype.")
 REMAT = flags.DEFINE_string("remat", "none", "What a block keeps for its backward pass: none, dots, full.")
 PAIRS = flags.DEFINE_integer("pairs", 8, "Rounds; 0 measures memory and compile time alone.")
 RETAIN = flags.DEFINE_bool("retain_memory", True, "Keep freed memory, as train.py does: see retain_host_memory.")
@@ -88,16 +90,31 @@ class Arm(NamedTuple):
 def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments or overrides:
         raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
-    per_block, rest = divmod(LAYERS.value, 8 if len(BLOCKS.value) > 1 else int(BLOCKS.value[0]))
-    if rest or not per_block:
-        raise ConfigError(f"--layers={LAYERS.value} is not divisible into {BLOCKS.value[0]} blocks of whole layers")
+    counts = block_counts()
+    per_block = layers_per_block(8 if len(counts) > 1 else counts[0])
     if RETAIN.value:
         retain_host_memory()
     figures = []
-    for blocks in map(int, BLOCKS.value):
+    for blocks in counts:
         figures += compare(blocks, per_block)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def block_counts() -> list[int]:
+    """--blocks."""
+    wrong = [text for text in BLOCKS.value if not text.isdecimal() or not int(text)]
+    if wrong or not BLOCKS.value:
+        raise ConfigError(f"--blocks={','.join(BLOCKS.value)} are no numbers of blocks, as in 8 or 4,8,16")
+    return [int(text) for text in BLOCKS.value]
+
+
+def layers_per_block(blocks: int) -> int:
+    """Of a stack of --layers."""
+    per_block, rest = divmod(LAYERS.value, blocks)
+    if rest or not per_block:
+        raise ConfigError(f"--layers={LAYERS.value} is not divisible into {blocks} blocks of whole layers")
+    return per_block
 
 
 def compare(blocks: int, layers_per_block: int) -> list[dict]:

@@ -42,7 +42,10 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if not flags.FLAGS["remat"].present:
         flags.FLAGS.remat = "full"
     arms = step.ARMS.value if flags.FLAGS["arms"].present else ["residual", "block", "full"]
-    blocks, figures = int(step.BLOCKS.value[0]), []
+    blocks, *more = step.block_counts()
+    if more:
+        raise ConfigError(f"--blocks={','.join(step.BLOCKS.value)}: give one number here")
+    per_block, figures = step.layers_per_block(blocks), []
     options = {"xla_tpu_scoped_vmem_limit_kib": str(SCOPED_VMEM.value)} if SCOPED_VMEM.value else {}
     activation = step.TOKENS.value * step.WIDTH.value * jnp.dtype(step.DTYPE.value).itemsize
     print(
@@ -59,7 +62,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         base = None
         for arm in arms:
             with use_mesh(one_device_mesh(device)):  # or the attention would be this machine's
-                lowered = step.lower(arm, step.LAYERS.value, 2 * step.LAYERS.value // blocks, device)
+                lowered = step.lower(arm, step.LAYERS.value, 2 * per_block, device)
             memory = lowered.compile(compiler_options=options).memory_analysis()
             base = memory.temp_size_in_bytes if base is None else base
             extra = (memory.temp_size_in_bytes - base) / activation

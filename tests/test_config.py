@@ -163,6 +163,11 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         (TINY, ["training.z_loss=-1"], "training.z_loss=-1.0 must not be negative"),
         (TINY, ["optimizer.learning_rate=nan"], "optimizer.learning_rate=nan must be positive"),
         (TINY, ["optimizer.learning_rate=inf"], "optimizer.learning_rate=inf must be finite"),
+        (
+            TINY,
+            ["optimizer.learning_rate=1e-4"],
+            "optimizer.final_learning_rate=0.0003 is above optimizer.learning_rate",
+        ),
         (TINY, ["optimizer.clip_norm=0"], "optimizer.clip_norm=0.0 must be positive"),
         (KIMI, ["model.kda.gate_lower_bound=nan"], "model.kda.gate_lower_bound=nan must be finite"),
         (TINY, [f"seed={2**32}"], f"seed={2**32} must be from 0 to {2**32 - 1}"),
@@ -248,6 +253,7 @@ def test_help_is_the_docstring_and_the_projects_own_flags():
         (["eval.py", "--workdir=w"], "not the workdir of a run"),
         (["eval.py", "--workdir=w", "--step=3", "--pretrained=d"], "--step=3 is a checkpoint of the run"),
         (["compare.py", "w"], "w"),
+        (["compare.py", "w", "--config.seed=1"], "--config.seed=1 is not understood"),
     ],
 )
 def test_scripts_answer_bad_input_with_one_line_and_exit_code_2(command, message, tmp_path):

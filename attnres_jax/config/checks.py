@@ -47,6 +47,11 @@ def validate(config: Config) -> None:
     _positive("optimizer", optimizer, "learning_rate", "eps")
     if not optimizer.clip_norm > 0:
         raise ConfigError(f"optimizer.clip_norm={optimizer.clip_norm} must be positive; inf does not clip")
+    if optimizer.final_learning_rate > optimizer.learning_rate:
+        raise ConfigError(
+            f"optimizer.final_learning_rate={optimizer.final_learning_rate:g} is above optimizer.learning_rate="
+            f"{optimizer.learning_rate:g}; nearest: optimizer.final_learning_rate={optimizer.learning_rate:g}"
+        )
     for key in ("beta1", "beta2"):
         if not 0 <= getattr(optimizer, key) < 1:
             raise ConfigError(f"optimizer.{key}={getattr(optimizer, key)} must be at least 0 and below 1")

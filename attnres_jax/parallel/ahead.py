@@ -34,7 +34,7 @@ POLL_SECONDS = 2
 class CompilationError(UserError):
     """The TPU compiler failed, for another reason than memory."""
 
-    exit_code = 1
+    exit_code = 3
 
 
 @dataclasses.dataclass(frozen=True)

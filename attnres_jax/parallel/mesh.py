@@ -90,7 +90,10 @@ def mesh_sizes(config: Config, num_devices: int) -> Sizes:
         )
     problem = next(problems(config, sizes), None)
     if problem:
-        raise ConfigError(problem + _nearest(config, num_devices))
+        near = _nearest(config, num_devices)
+        if "nearest: " in problem and near.startswith("; nearest: "):  # another way out
+            near = near.replace("; nearest: ", ", or ")
+        raise ConfigError(problem + near)
     return sizes
 
 

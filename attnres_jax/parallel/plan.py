@@ -18,8 +18,11 @@ chips' machine code, unless --code asks for that: it takes long. Where each figu
                  `model.remat=full` repeats) and of the memory traffic of weights, gradients and optimizer, then the
                  collectives at the rate of all of a chip's links, as if nothing hid them. A step can be slower, since
                  no matmul reaches the peak and a ring has some of the links, or faster, since communication overlaps.
+    pipelines    compute has the stages' idle ticks in it, and the forward pass that every backward tick repeats. All
+                 and whether it fits are the compiler's, as ever; what stages hold of the bank and of activations, their
+                 traffic and their collectives are not taken apart, and the table says so.
 
-Exit code: 0 the configuration fits, 1 it does not, 2 something to mend in the command.
+Exit code: 0 the configuration fits, 1 it does not, 2 something to mend in the command, 3 the compiler failed.
 """
 
 import dataclasses
@@ -62,7 +65,7 @@ class Plan:
       sources: of the bank.
       collectives: None if they could not be read.
       unknown_loops: loops with collectives that were counted as if they ran once.
-      compute_seconds: of all products, those of recomputation included, at the peak rate.
+      compute_seconds: of all products, those of recomputation included, at the peak rate; a pipeline's idle ticks too.
       hbm_seconds: of weights, gradients and optimizer state, at the peak rate.
       ici_seconds: of the collectives, at the peak rate.
       useful_seconds: of the model's own products: `compute_seconds` without recomputation.
@@ -127,6 +130,8 @@ def make_plan(config: Config, topology: str, *, code: bool = False) -> Plan:
     peak, model = peak_flops(devices), config.model
     again = forward_flops_per_token(model, config.data.sequence_length) - 2 * model.width * model.vocab_size
     useful = training_flops_per_token(model, config.data.sequence_length)
+    stages, turns = mesh.shape["stage"], config.training.accumulation * config.pipeline.virtual_stages
+    idle = (stages - 1) / turns if stages > 1 else 0.0
     return Plan(
         name=config.name,
         program=program,
@@ -135,7 +140,7 @@ def make_plan(config: Config, topology: str, *, code: bool = False) -> Plan:
         collectives=found,
         unknown_loops=unknown,
         flops_per_token=useful,
-        compute_seconds=tokens * (useful + again * (model.remat == "full")) / peak,
+        compute_seconds=(1 + idle) * tokens * (useful + again * (model.remat == "full" or stages > 1)) / peak,
         hbm_seconds=weight_traffic(config, state, mesh) / chip.hbm_rate,
         ici_seconds=sum(row.sent_bytes for row in found or ()) / chip.ici_rate,
         useful_seconds=tokens * useful / peak,
@@ -234,6 +239,11 @@ def show(plans: Sequence[Plan], config: Config, mesh: Mesh, topology: str, chip:
         "as often as it runs, with the bytes of a ring. The estimate is max(compute, HBM) + interconnect at published",
         "peak rates, with recomputation and with no communication hidden: not a measurement.",
     ]
+    if mesh.shape["stage"] > 1:
+        lines += [
+            "Of a pipeline, bank, activations and temporary are not told apart rightly, nor are HBM, interconnect and",
+            "so the estimate: a micro-batch counts in all stages at once, every stage's collectives in every tick.",
+        ]
     if any(plan.unknown_loops for plan in plans):
         lines.append("Loops of unknown length with collectives inside, counted once: " + _counts(plans))
     return "\n".join(lines)

@@ -34,6 +34,7 @@ LOST = re.compile(r"gloo|nccl|coordination ?service|connection (closed|reset)|so
 DAY = 24 * 3600 * 1000
 """In milliseconds: what to wait for an answer at most. Who dies meanwhile is noticed by the service long before."""
 
+_HANDLERS: list[Any] = []  # C handlers of signals, which outlive the frame that set them
 _NUMBERS = itertools.count()  # every process asks the same questions in the same order
 
 
@@ -234,6 +235,7 @@ def _last_words() -> Iterator[_Words]:
         os.write(words.stderr, words.line)
         os._exit(words.code)
 
+    _HANDLERS.append(speak)
     set_handler = ctypes.CDLL(None).signal
     set_handler.argtypes, set_handler.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
     before = set_handler(signal.SIGABRT, ctypes.cast(speak, ctypes.c_void_p))

@@ -68,12 +68,16 @@ def make_schedule(name: str, stages: int, virtual: int, microbatches: int) -> Sc
     if name not in SCHEDULES:
         raise ValueError(f"schedule={name!r} is unknown; known: {', '.join(SCHEDULES)}")
     if name == "interleaved_1f1b" and virtual < 2:
-        raise ValueError(f"virtual_stages={virtual} leaves interleaved_1f1b nothing to interleave; nearest: 2")
+        raise ValueError(
+            f"virtual_stages={virtual} leaves interleaved_1f1b nothing to interleave; nearest: virtual_stages=2"
+        )
     if name != "interleaved_1f1b" and virtual != 1:
-        raise ValueError(f"virtual_stages={virtual} is for interleaved_1f1b, not {name}; nearest: 1")
+        raise ValueError(f"virtual_stages={virtual} is for interleaved_1f1b, not {name}; nearest: virtual_stages=1")
     if virtual > 1 and microbatches % stages:
         near = -(-microbatches // stages) * stages
-        raise ValueError(f"{microbatches} microbatches are no multiple of {stages} stages; nearest: {near}")
+        raise ValueError(
+            f"microbatches={microbatches} (training.accumulation) is no multiple of {stages} stages; nearest: {near}"
+        )
     chunks = stages * virtual
     micro, chunk = np.meshgrid(np.arange(microbatches), np.arange(chunks), indexing="ij")
     entered = (micro // stages) * chunks + micro % stages  # when its group, and it in the group, can start

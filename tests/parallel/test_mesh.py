@@ -86,7 +86,7 @@ def test_the_default_is_data_parallelism_over_whatever_there_is():
         (
             dataclasses.replace(config_of(stage=2), pipeline=PipelineConfig(schedule="interleaved_1f1b")),
             2,
-            "mesh.stage=2: virtual_stages=1 leaves interleaved_1f1b nothing to interleave; nearest: 2",
+            "nothing to interleave; nearest: virtual_stages=2, or mesh.stage=1",
         ),
     ],
 )

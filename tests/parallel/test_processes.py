@@ -221,6 +221,30 @@ def test_a_failed_collective_or_save_ends_with_the_last_words(failure):
     assert_last_words(end.stderr, "process 0 of 1")
 
 
+ABORTED = """
+import gc, os
+from attnres_jax.errors import UserError
+from attnres_jax.parallel.processes import Group, joined
+
+def run():
+    with joined(Group({coordinator!r}, 1, 0), 5):
+        raise UserError("something to mend")
+
+try:
+    run()
+except UserError:
+    gc.collect()
+os.abort()  # as the coordination service does while the process ends
+"""
+
+
+def test_an_abort_after_an_error_to_mend_ends_with_the_last_words_too():
+    script = ABORTED.format(coordinator=f"localhost:{free_port()}")
+    end = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert end.returncode == 1, end
+    assert_last_words(end.stderr, "process 0 of 1")
+
+
 def test_a_loss_that_is_not_finite_ends_all(overrides, tmp_path):
     ends = Processes(2, *training(tmp_path / "run", overrides, "optimizer.learning_rate=1e30")).finish()
     assert [code for code, _, _ in ends] == [1, 1], ends

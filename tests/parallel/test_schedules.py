@@ -77,9 +77,15 @@ def test_places_are_shared_by_what_does_not_overlap(seed):
     "case, message",
     [
         (("zigzag", 2, 1, 4), "schedule='zigzag' is unknown; known: gpipe, 1f1b, interleaved_1f1b"),
-        (("1f1b", 2, 2, 4), "virtual_stages=2 is for interleaved_1f1b, not 1f1b; nearest: 1"),
-        (("interleaved_1f1b", 2, 1, 4), "virtual_stages=1 leaves interleaved_1f1b nothing to interleave; nearest: 2"),
-        (("interleaved_1f1b", 4, 2, 6), "6 microbatches are no multiple of 4 stages; nearest: 8"),
+        (("1f1b", 2, 2, 4), "virtual_stages=2 is for interleaved_1f1b, not 1f1b; nearest: virtual_stages=1"),
+        (
+            ("interleaved_1f1b", 2, 1, 4),
+            "virtual_stages=1 leaves interleaved_1f1b nothing to interleave; nearest: virtual_stages=2",
+        ),
+        (
+            ("interleaved_1f1b", 4, 2, 6),
+            "microbatches=6 (training.accumulation) is no multiple of 4 stages; nearest: 8",
+        ),
     ],
 )
 def test_impossible_schedules(case, message):
