@@ -91,7 +91,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     if arguments or overrides:
         raise ConfigError(f"unexpected argument {(arguments or overrides)[0]!r}")
     counts = block_counts()
-    per_block = layers_per_block(8 if len(counts) > 1 else counts[0])
+    per_block = layers_of_a_block(8 if len(counts) > 1 else counts[0])
     if RETAIN.value:
         retain_host_memory()
     figures = []
@@ -109,7 +109,7 @@ def block_counts() -> list[int]:
     return [int(text) for text in BLOCKS.value]
 
 
-def layers_per_block(blocks: int) -> int:
+def layers_of_a_block(blocks: int) -> int:
     """Of a stack of --layers."""
     per_block, rest = divmod(LAYERS.value, blocks)
     if rest or not per_block:

@@ -45,7 +45,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
     blocks, *more = step.block_counts()
     if more:
         raise ConfigError(f"--blocks={','.join(step.BLOCKS.value)}: give one number here")
-    per_block, figures = step.layers_per_block(blocks), []
+    per_block, figures = step.layers_of_a_block(blocks), []
     options = {"xla_tpu_scoped_vmem_limit_kib": str(SCOPED_VMEM.value)} if SCOPED_VMEM.value else {}
     activation = step.TOKENS.value * step.WIDTH.value * jnp.dtype(step.DTYPE.value).itemsize
     print(

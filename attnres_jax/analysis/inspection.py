@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import os
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from attnres_jax.config import read_config
 from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.evaluation.perplexity import Batch
 from attnres_jax.models import Decoder
-from attnres_jax.parallel import mesh_that_fits, one_device_mesh, put_batch, use_mesh
+from attnres_jax.parallel import mesh_that_fits, use_mesh
 from attnres_jax.parallel.processes import one_first
 from attnres_jax.training import restore_model
 from attnres_jax.training.diagnostics import output_gradients
-from attnres_jax.training.records import read_summary
 
 MAGNITUDES = ("output_rms", "state_rms", "gradient_rms", "input_rms")
 
@@ -74,42 +71,27 @@ def inspect_run(workdir: Path | str, *, num_sequences: int = 4) -> Inspection:
     text = one_first(lambda: load_text(config.data, config.model.vocab_size))
     batches = heldout_batches(text, config.data, num_sequences)
     whole = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
-    inspection = inspect_model(model, whole, mesh)
+    with use_mesh(mesh):
+        inspection = inspect_model(model, whole)
     if jax.process_index() == 0:
         inspection.save(path, step)
     return inspection
 
 
-def is_inspected(workdir: Path | str) -> bool:
-    """Whether the inspection.npz of a run is of the step at which it ended; else `inspect_run` makes one that is."""
-    workdir = Path(workdir)
-    try:
-        with np.load(workdir / "inspection.npz") as arrays:
-            step = int(arrays["step"])
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile):
-        return False
-    summary = read_summary(workdir)
-    return summary is not None and summary["steps"] == step
-
-
-def inspect_model(model: Decoder, batch: Batch, mesh: Mesh | None = None) -> Inspection:
+def inspect_model(model: Decoder, batch: Batch) -> Inspection:
     """Depth weights and magnitudes of `model` on the real tokens of `batch`, one sequence at a time.
 
     Args:
-      model: a decoder under any depth rule.
+      model: a decoder under any depth rule; one that is split over devices inside `parallel.use_mesh`.
       batch: arrays [B, T] as the data pipeline makes them; rows and tokens of padding (segment 0) do not count.
-      mesh: where the model lies; None: on one device.
     """
-    mesh = mesh or one_device_mesh()
     totals: dict[str, Any] = {}
     tokens = 0
     for row in range(len(batch["inputs"])):
         one = {key: np.asarray(value[row : row + 1]) for key, value in batch.items()}
         count = int((one["segment_ids"] > 0).sum())
         if count:
-            with use_mesh(mesh):
-                sums = _jitted_sums()(model, put_batch(mesh, one))
-            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), sums)
+            sums = jax.tree.map(lambda x: np.asarray(x, np.float64), _jitted_sums()(model, one))
             totals = jax.tree.map(np.add, totals, sums) if totals else sums
             tokens += count
     plan = model.plan()

@@ -142,6 +142,13 @@ def read_run(workdir: str | Path) -> Run:
     )
 
 
+def is_inspected(workdir: Path | str) -> bool:
+    """Whether the inspection.npz of a run is of the step at which it ended; else `inspect_run` makes one that is."""
+    step = _read_inspection(Path(workdir) / "inspection.npz", []).get("step")
+    summary = _read_summary(Path(workdir) / "summary.json", [])
+    return step is not None and int(step) == summary.get("steps")
+
+
 def _read_metrics(path: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
     """Rows by kind and step, and what had to be skipped."""
     rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}

@@ -130,8 +130,8 @@ def make_plan(config: Config, topology: str, *, code: bool = False) -> Plan:
     peak, model = peak_flops(devices), config.model
     again = forward_flops_per_token(model, config.data.sequence_length) - 2 * model.width * model.vocab_size
     useful = training_flops_per_token(model, config.data.sequence_length)
+    repeated = again * (model.remat == "full" or mesh.shape["stage"] > 1)
     stages, turns = mesh.shape["stage"], config.training.accumulation * config.pipeline.virtual_stages
-    idle = (stages - 1) / turns if stages > 1 else 0.0
     return Plan(
         name=config.name,
         program=program,
@@ -140,7 +140,7 @@ def make_plan(config: Config, topology: str, *, code: bool = False) -> Plan:
         collectives=found,
         unknown_loops=unknown,
         flops_per_token=useful,
-        compute_seconds=(1 + idle) * tokens * (useful + again * (model.remat == "full" or stages > 1)) / peak,
+        compute_seconds=tokens * (useful + repeated) * (1 + (stages - 1) / turns) / peak,
         hbm_seconds=weight_traffic(config, state, mesh) / chip.hbm_rate,
         ici_seconds=sum(row.sent_bytes for row in found or ()) / chip.ici_rate,
         useful_seconds=tokens * useful / peak,

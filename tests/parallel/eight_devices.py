@@ -207,7 +207,8 @@ def test_inspection_of_a_split_model_is_that_of_one_device(single):
     model, rows = single("dense", "block")[0], {key: value[:2] for key, value in make_batch().items()}
     expected = inspect_model(model, rows)
     mesh = mesh_of(model_of("dense", "block"), fsdp=4, tensor=2)
-    found = inspect_model(jax.device_put(model, places(mesh, model)), rows, mesh)
+    with use_mesh(mesh):
+        found = inspect_model(jax.device_put(model, places(mesh, model)), rows)
     for key in (*MAGNITUDES, "depth_weights", "mixing_matrix"):
         np.testing.assert_allclose(getattr(found, key), getattr(expected, key), rtol=1e-5, err_msg=key)
 
