@@ -110,7 +110,8 @@ def same_tokens(runs: Sequence[Run]) -> bool:
     """Whether a token is the same piece of text in all the runs: else compare bits per byte, not loss."""
     keys = differing(runs)
     prints = {run.summary.get("data_fingerprint") for run in runs} - {None}
-    return len(prints) < 2 and not any(key in keys for key in ("model.vocab_size", "data.source", "data.files"))
+    tokenizer = ("model.vocab_size", "data.source", "data.files", "data.heldout_percent")  # what it is trained from
+    return len(prints) < 2 and not any(key in keys for key in tokenizer)
 
 
 def _compared(run: Run) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import QuadMesh
 from matplotlib.colors import FuncNorm, ListedColormap, LogNorm, Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from attnres_jax.analysis.arms import Arm
@@ -48,6 +49,7 @@ _STYLE = {
     "lines.linewidth": 1.7,
     "figure.constrained_layout.use": True,
 }
+LOSS_UNITS = {"loss": "nats a token", "bits_per_byte": "bits a byte"}
 _SIZE = (4.5, 3.2)
 _UNITS = {
     "tokens": ("training tokens", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"))),
@@ -59,24 +61,24 @@ _UNITS = {
 }
 
 
-def loss_curves(arms: Sequence[Arm], *, kind: str = "heldout", against: str = "tokens") -> Figure:
+def loss_curves(arms: Sequence[Arm], *, kind: str = "heldout", against: str = "tokens", column: str = "loss") -> Figure:
     """Loss of every arm, a line each (mean of its seeds, a band from the lowest to the highest).
 
     Args:
       arms: what to draw.
       kind: "heldout" or "train" (smoothed over a fiftieth of the run).
       against: the column on the horizontal axis: "tokens", "flops" or "seconds".
+      column: "loss", or of held-out text "bits_per_byte".
     """
     with _axes(_SIZE) as (figure, axes):
-        ends = []
+        ends, lines = [], []
         scale, label = _unit(arms, against)
         for arm, look in _looks(arms):
-            x, y = _stack(arm, kind, against) / scale, _stack(arm, kind, "loss")
+            x, y = _stack(arm, kind, against) / scale, _stack(arm, kind, column)
             if kind == "train":
                 y = np.array([_smooth(row, max(1, len(row) // 50)) for row in y])
-            axes.plot(
-                x.mean(0), y.mean(0), label=arm.label, marker="o" if kind == "heldout" else None, markersize=3, **look
-            )
+            marker = "o" if kind == "heldout" else None
+            lines += axes.plot(x.mean(0), y.mean(0), label=_plain(arm.label), marker=marker, markersize=3, **look)
             if len(y) > 1:
                 axes.fill_between(x.mean(0), y.min(0), y.max(0), color=look["color"], alpha=0.15, linewidth=0)
             ends.append(y[:, len(y[0]) // 10 :])
@@ -86,37 +88,43 @@ def loss_curves(arms: Sequence[Arm], *, kind: str = "heldout", against: str = "t
         if late.size and np.ptp(late) > 0:
             axes.set_ylim(late.min() - 0.05 * np.ptp(late), late.max() + 0.05 * np.ptp(late))
         axes.set_xlabel(label)
-        axes.set_ylabel("loss, nats a token")
-        _legend(figure)
+        axes.set_ylabel(f"loss, {LOSS_UNITS[column]}")
+        _legend(figure, lines)
     return figure
 
 
-def loss_differences(arms: Sequence[Arm]) -> Figure:
-    """Held-out loss of every arm less the first arm's, at equal tokens; below zero is better than the first arm."""
+def loss_differences(arms: Sequence[Arm], *, column: str = "loss") -> Figure:
+    """Held-out loss of every arm less the first arm's, at equal tokens; below zero is better than the first arm.
+
+    Args:
+      arms: what to draw.
+      column: "loss" or "bits_per_byte".
+    """
     with _axes(_SIZE) as (figure, axes):
-        first = _stack(arms[0], "heldout", "loss")
+        lines, first = [], _stack(arms[0], "heldout", column)
         scale, label = _unit(arms, "tokens")
         tokens = _stack(arms[0], "heldout", "tokens").mean(0) / scale
         for arm, look in _looks(arms):
-            loss = _stack(arm, "heldout", "loss")
+            loss = _stack(arm, "heldout", column)
             here = _stack(arm, "heldout", "tokens").mean(0) / scale
             both, own, firsts = np.intersect1d(here, tokens, return_indices=True)
             gap = loss[:, own] - first[:, firsts].mean(0)
-            axes.plot(both, gap.mean(0), marker="o", markersize=3, label=arm.label, **look)
+            lines += axes.plot(both, gap.mean(0), marker="o", markersize=3, label=_plain(arm.label), **look)
             if len(gap) > 1:
                 axes.fill_between(both, gap.min(0), gap.max(0), color=look["color"], alpha=0.15, linewidth=0)
         axes.set_xlabel(label)
-        axes.set_ylabel("difference, nats a token")
-        _legend(figure)
+        axes.set_ylabel(f"difference, {LOSS_UNITS[column]}")
+        _legend(figure, lines)
     return figure
 
 
 def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
     """One quantity by sublayer, a line for each entry (label to array [L]): attention a circle, MLP a square."""
     with _axes(_SIZE) as (figure, axes):
+        lines = []
         for (label, values), look in zip(profiles.items(), _cycle(), strict=False):
             layers = np.arange(1, len(values) + 1)
-            axes.plot(layers, values, label=label, zorder=2, **look)
+            lines += axes.plot(layers, values, label=_plain(label), zorder=2, **look)
             axes.plot(layers[::2], values[::2], "o", markersize=4, color=look["color"])
             axes.plot(layers[1::2], values[1::2], "s", markersize=3.4, color=look["color"], markerfacecolor="white")
         positive = np.concatenate([np.ravel(values) for values in profiles.values()])
@@ -131,7 +139,7 @@ def layer_profile(profiles: Mapping[str, np.ndarray], ylabel: str) -> Figure:
         axes.set_xlabel("sublayer (filled circle: attention, open square: MLP)")
         axes.set_ylabel(ylabel)
         axes.xaxis.set_major_locator(MaxNLocator(10, integer=True, min_n_ticks=1))
-        _legend(figure)
+        _legend(figure, lines)
     return figure
 
 
@@ -212,7 +220,7 @@ def mixing_panels(matrices: Mapping[str, np.ndarray], *, columns: int = 5) -> Fi
         for axes, (title, matrix) in zip(panels.flat, matrices.items(), strict=False):
             axes.set_axis_on()
             axes.set_aspect("equal")
-            axes.set_title(title, fontsize=9)
+            axes.set_title(_plain(title), fontsize=9)
             mesh = _cells(axes, matrix, MIXING_SCALE)
             axes.set_xticks([])
             axes.set_yticks([])
@@ -270,11 +278,16 @@ def _axes(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
         yield figure, figure.subplots()
 
 
-def _legend(figure: Figure) -> None:
-    """Above the axes, where it hides nothing."""
-    labels = [line.get_label() for line in figure.axes[0].lines if not line.get_label().startswith("_")]
+def _plain(label: str) -> str:
+    """Dollars as they are: matplotlib takes what is between two for mathematics."""
+    return label.replace("$", r"\$")
+
+
+def _legend(figure: Figure, lines: Sequence[Line2D]) -> None:
+    """Above the axes, where it hides nothing. By name, or a label that begins with an underscore would be left out."""
+    labels = [line.get_label() for line in lines]
     columns = len(labels) if sum(map(len, labels)) <= 40 else max(1, 50 // (8 + max(map(len, labels))))
-    figure.legend(loc="outside upper left", ncols=columns)
+    figure.legend(lines, labels, loc="outside upper left", ncols=columns)
     # The axes keep their height, however many lines there are.
     figure.set_figheight(_SIZE[1] + 0.18 * max(0, -(-len(labels) // columns) - 3))
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from attnres_jax.analysis import plots
-from attnres_jax.analysis.arms import Arm
+from attnres_jax.analysis.arms import Arm, same_tokens
 from attnres_jax.analysis.comparison import Comparison, Metric, listed, told_differences
 from attnres_jax.analysis.mixing import MEASURES, Mixing, depth_mixing
 from attnres_jax.analysis.page import page, paragraphs, picture, table
@@ -106,12 +106,13 @@ def summary(comparison: Comparison) -> str:
     amount = f"{tokens[0]:,}" if len(tokens) == 1 else f"between {tokens[0]:,} and {tokens[-1]:,}"
     runs = f"{len(comparison.runs)} runs, each" if len(comparison.runs) > 1 else "One run,"
     sentences = [f"{runs} trained on {amount} tokens."]
-    losses = {arm.label: arm.mean(Run.final_loss.fget) for arm in arms}
+    column, final = _held_out(comparison.runs)
+    losses = {arm.label: arm.mean(final) for arm in arms}
     finite = {label: loss for label, loss in losses.items() if math.isfinite(loss)}
     ranked = sorted(finite, key=finite.get)
     if ranked:
         told = listed([f"{label} {finite[label]:.4f}" for label in ranked])
-        sentences.append(f"Final held-out loss in nats a token, lowest first: {told}.")
+        sentences.append(f"Final held-out loss in {plots.LOSS_UNITS[column]}, lowest first: {told}.")
     sentences += [f"{label} did not end with a finite loss." for label in losses if label not in finite]
     if len(arms) > 1:
         sentences.append(f"The arms differ in {told_differences(comparison)}.")
@@ -155,13 +156,22 @@ def _spelled(day: datetime.date) -> str:
     return f"{day.day} {day:%B %Y}"
 
 
+def _held_out(runs: Sequence[Run]) -> tuple[str, Callable[[Run], float]]:
+    """The column by which these runs may be compared, and the last value in it."""
+    if same_tokens(runs):
+        return "loss", Run.final_loss.fget
+    return "bits_per_byte", Run.final_bits_per_byte.fget
+
+
 def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
-    ends = listed([f"{arm.label} {arm.mean(Run.final_loss.fget):.4f}" for arm in arms])
+    column, final = _held_out([run for arm in arms for run in arm.runs])
+    ends = listed([f"{arm.label} {arm.mean(final):.4f}" for arm in arms])
     first = arms[0].label
+    own_tokens = "" if column == "loss" else " A token is not the same piece of text in all arms: not to be compared."
     held = f"Last values: {ends}."
     pictures = [
         picture(
-            plots.loss_curves(arms),
+            plots.loss_curves(arms, column=column),
             "Held-out loss",
             f"Lines of held-out loss against training tokens. {held}",
             "Loss on text that no arm was trained on, at equal amounts of training text: lower is better. "
@@ -172,7 +182,7 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
     if len(arms) > 1:
         pictures.append(
             picture(
-                plots.loss_differences(arms),
+                plots.loss_differences(arms, column=column),
                 f"Held-out loss less that of {first}",
                 f"Lines of held-out loss less that of {first}, against training tokens. {held}",
                 f"The same curves less that of {first}: below zero is better than {first}, above zero worse. "
@@ -181,14 +191,14 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
         )
     pictures += [
         picture(
-            plots.loss_curves(arms, against="flops"),
+            plots.loss_curves(arms, against="flops", column=column),
             "Held-out loss against compute",
             f"Lines of held-out loss against training FLOPs. {held}",
             "The arithmetic is counted from the shapes of the model, forward and backward. "
             "At equal compute the lower line makes more of it; a rule with more arithmetic a token is shifted right.",
         ),
         picture(
-            plots.loss_curves(arms, against="seconds"),
+            plots.loss_curves(arms, against="seconds", column=column),
             "Held-out loss against time",
             f"Lines of held-out loss against the time of the training loop. {held}",
             "Time of the training loop on this machine, without compilation, evaluation and saving. "
@@ -200,7 +210,7 @@ def _loss_pictures(arms: Sequence[Arm]) -> list[str]:
             "Training loss",
             "Lines of training loss against training tokens.",
             "Loss on the batches trained on, averaged over the last fiftieth of the run: noisier than held-out loss. "
-            "Training loss that falls while held-out loss rises means that the model memorises.",
+            f"Training loss that falls while held-out loss rises means that the model memorises.{own_tokens}",
         ),
     ]
     return pictures

@@ -181,6 +181,10 @@ def _json_text(line: bytes, where: str) -> str:
         raise DataError(
             f"{where} escapes half a surrogate pair, which is no character; mend or delete the line"
         ) from None
+    except DataError:
+        raise
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
+        raise DataError(f"{where} is JSON that Python cannot read: {error}; mend or delete the line") from None
     return text
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
+_NOT_ZERO = 1e-20  # added to a sum of scores, since the sigmoids of a token may all underflow
 
 
 class Routing(NamedTuple):
@@ -83,7 +84,7 @@ def route(
     indices = jax.lax.top_k(open_to_choice, experts_per_token)[1]
     weights = jnp.take_along_axis(biased if biased_weights else scores, indices, axis=-1)
     if renormalise:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + 1e-20)
+        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _NOT_ZERO)
     return Routing(indices, scaling * weights, scores, logits)
 
 
@@ -124,7 +125,7 @@ def sequence_balance_loss(
     """
     num_experts, experts_per_token = scores.shape[-1], indices.shape[-1]
     tokens = _tokens(valid, indices.shape[:2])
-    shares = scores / jnp.sum(scores, axis=-1, keepdims=True)
+    shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _NOT_ZERO)
     if valid is not None:
         shares = jnp.where(valid[..., None], shares, 0)
     each = jnp.maximum(tokens, 1)[:, None]

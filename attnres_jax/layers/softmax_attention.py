@@ -19,6 +19,7 @@ from attnres_jax.layers.context import Context
 
 IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 BLOCKS = (512, 256, 128)  # tokens of a block of splash attention, which takes no fewer than the last
+MAX_HEAD = 128  # channels of a head that cuDNN takes on every GPU
 
 
 def attend(
@@ -55,23 +56,37 @@ def implementation_for(name: str, query: Float[Array, "B T H K"]) -> str:
     """`name`, or for `auto` what is fastest where the computation runs: on the devices of the mesh, if there is one.
 
     Raises:
-      ConfigError: if it is splash, and there is no TPU, or a device's tokens do not come in blocks.
+      ConfigError: if it is a kernel that cannot run there, or not on such queries.
     """
-    platform = _platform()
-    tokens = query.shape[1] // _parts(mesh_axes_of(length=query.shape[1]).get("length", ()))
-    in_blocks = tokens % BLOCKS[-1] == 0
-    if name == "splash" and platform != "tpu":
-        raise ConfigError(f"model.attention='splash' needs a TPU, and this is a {platform}; nearest: 'auto'")
-    if name == "splash" and not in_blocks:
-        raise ConfigError(
-            f"model.attention='splash' needs a multiple of {BLOCKS[-1]} tokens on a device, not {tokens}; "
-            "nearest: 'auto'"
-        )
-    if name != "auto":
-        return name
-    if platform == "tpu" and in_blocks:
-        return "splash"
-    return "cudnn" if platform == "gpu" and query.dtype == jnp.bfloat16 else "xla"
+    if name == "auto":
+        return next((kernel for kernel in ("splash", "cudnn") if not _obstacle(kernel, query)), "xla")
+    obstacle = _obstacle(name, query)
+    if obstacle:
+        raise ConfigError(f"model.attention={name!r} needs {obstacle}; nearest: 'auto'")
+    return name
+
+
+def _obstacle(name: str, query: Float[Array, "B T H K"]) -> str:
+    """What a kernel lacks to run where the computation does; empty: nothing."""
+    platform, (_, length, _, width) = _platform(), query.shape
+    parts = _parts(mesh_axes_of(length=length).get("length", ()))
+    if name == "splash":
+        if platform != "tpu":
+            return f"a TPU, and this is a {platform}"
+        if length // parts % BLOCKS[-1]:
+            return f"a multiple of {BLOCKS[-1]} tokens on a device, not {length // parts}"
+    if name == "cudnn":
+        if platform != "gpu":
+            return f"a GPU, and this is a {platform}"
+        if query.dtype != jnp.bfloat16:
+            return f"model.dtype='bfloat16', not {query.dtype.name!r}"
+        if width % 8 or width > MAX_HEAD:
+            return f"heads of a multiple of 8 channels up to {MAX_HEAD}, not of {width}"
+        if length % 2:  # where documents are packed
+            return f"an even number of tokens, not {length}"
+        if parts > 1:
+            return f"all tokens of a row on one device, and mesh.context splits them over {parts}"
+    return ""
 
 
 def _splash(query, key, value, segment_ids: Int[Array, "B T"] | None):

@@ -50,13 +50,14 @@ class Records(contextlib.AbstractContextManager):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a last line torn by a kill is left out, a missing file has no rows."""
+    """The rows of a metrics.jsonl; a line that is not whole, as the last one after a kill, is left out.
+
+    A missing file has no rows.
+    """
     rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
     return rows
 
 

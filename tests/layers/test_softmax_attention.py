@@ -51,30 +51,37 @@ def test_latent_attention_by_splash(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name, platform, tokens, dtype, expected",
+    "name, platform, shape, dtype, expected",
     [
-        ("auto", "tpu", 384, "float32", "splash"),
-        ("auto", "tpu", 200, "bfloat16", "xla"),
-        ("auto", "gpu", 384, "bfloat16", "cudnn"),
-        ("auto", "gpu", 384, "float32", "xla"),
-        ("auto", "cpu", 384, "bfloat16", "xla"),
-        ("xla", "tpu", 384, "float32", "xla"),
+        ("auto", "tpu", (1, 384, 2, 4), "float32", "splash"),
+        ("auto", "tpu", (1, 200, 2, 4), "bfloat16", "xla"),
+        ("auto", "gpu", (1, 384, 2, 32), "bfloat16", "cudnn"),
+        ("auto", "gpu", (1, 384, 2, 32), "float32", "xla"),
+        ("auto", "gpu", (1, 384, 2, 20), "bfloat16", "xla"),
+        ("auto", "gpu", (1, 384, 2, 320), "bfloat16", "xla"),
+        ("auto", "gpu", (1, 127, 2, 32), "bfloat16", "xla"),
+        ("auto", "cpu", (1, 384, 2, 32), "bfloat16", "xla"),
+        ("xla", "tpu", (1, 384, 2, 4), "float32", "xla"),
     ],
 )
-def test_the_kernel_is_that_of_the_devices(monkeypatch, name, platform, tokens, dtype, expected):
+def test_the_kernel_is_that_of_the_devices(monkeypatch, name, platform, shape, dtype, expected):
     monkeypatch.setattr(softmax_attention, "_platform", lambda: platform)
-    assert implementation_for(name, jnp.zeros((1, tokens, 2, 4), dtype)) == expected
+    assert implementation_for(name, jnp.zeros(shape, dtype)) == expected
 
 
 @pytest.mark.parametrize(
-    "platform, tokens, message",
+    "name, platform, shape, dtype, message",
     [
-        ("cpu", 384, "needs a TPU, and this is a cpu"),
-        ("tpu", 200, "needs a multiple of 128 tokens on a device, not 200"),
+        ("splash", "cpu", (1, 384, 2, 4), "float32", "needs a TPU, and this is a cpu"),
+        ("splash", "tpu", (1, 200, 2, 4), "float32", "needs a multiple of 128 tokens on a device, not 200"),
+        ("cudnn", "cpu", (1, 384, 2, 32), "bfloat16", "needs a GPU, and this is a cpu"),
+        ("cudnn", "gpu", (1, 384, 2, 32), "float32", "needs model.dtype='bfloat16', not 'float32'"),
+        ("cudnn", "gpu", (1, 384, 2, 20), "bfloat16", "needs heads of a multiple of 8 channels up to 128, not of 20"),
+        ("cudnn", "gpu", (1, 127, 2, 32), "bfloat16", "needs an even number of tokens, not 127"),
     ],
 )
-def test_splash_where_it_cannot_run_is_one_line(monkeypatch, platform, tokens, message):
+def test_a_kernel_that_cannot_run_is_one_line(monkeypatch, name, platform, shape, dtype, message):
     monkeypatch.setattr(softmax_attention, "_platform", lambda: platform)
-    with pytest.raises(ConfigError, match=f"model.attention='splash' {message}") as raised:
-        implementation_for("splash", jnp.zeros((1, tokens, 2, 4)))
+    with pytest.raises(ConfigError, match=f"model.attention='{name}' {message}") as raised:
+        implementation_for(name, jnp.zeros(shape, dtype))
     assert "\n" not in str(raised.value)

@@ -30,7 +30,7 @@ from attnres_jax.config import (
 )
 from attnres_jax.data import load_text, train_iterator
 from attnres_jax.interop import load_pretrained
-from attnres_jax.layers import make_context
+from attnres_jax.layers import make_context, softmax_attention
 from attnres_jax.layers.softmax_attention import attend
 from attnres_jax.models import Decoder, named_leaves
 from attnres_jax.parallel import (
@@ -254,6 +254,13 @@ def test_splash_attention_on_each_devices_own_queries(packed):
         split = jax.jit(jax.value_and_grad(functools.partial(loss, "splash"), argnums=1))(segments, arrays)
     for ours, theirs in zip(jax.tree.leaves(split), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * float(jnp.abs(theirs).max()))
+
+
+@pytest.mark.parametrize("axis, kernel", [("context", "xla"), ("tensor", "cudnn")])
+def test_cudnn_is_given_whole_rows(monkeypatch, axis, kernel):
+    monkeypatch.setattr(softmax_attention, "_platform", lambda: "gpu")
+    with use_mesh(mesh_of(ModelConfig(), **{axis: 2})):
+        assert softmax_attention.implementation_for("auto", jnp.zeros((2, 64, 4, 32), jnp.bfloat16)) == kernel
 
 
 def test_no_device_holds_more_of_the_bank_than_its_tokens():
