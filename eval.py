@@ -17,6 +17,8 @@ from attnres_jax.data import heldout_batches, load_text
 from attnres_jax.errors import ConfigError
 from attnres_jax.evaluation import evaluate
 from attnres_jax.interop import load_pretrained
+from attnres_jax.interop.hub import local_directory
+from attnres_jax.interop.store import read_json
 from attnres_jax.parallel import mesh_that_fits, put_batch, use_mesh
 from attnres_jax.parallel.processes import define_flags, joined, one_first
 from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
@@ -50,11 +52,13 @@ def evaluate_run(workdir: Path, config: Config) -> str:
         config, model, step = restore_model(workdir, STEP.value, mesh)
         name = f"{workdir} at step {step}"
     else:
-        model, name = load_pretrained(PRETRAINED.value, mesh=mesh), PRETRAINED.value
-        step = None
-        if model.config.vocab_size != config.model.vocab_size:
+        step, name, directory = None, PRETRAINED.value, local_directory(PRETRAINED.value)
+        model = load_pretrained(directory, mesh=mesh)
+        sizes = model.config.vocab_size, config.model.vocab_size
+        if sizes[0] != sizes[1] or not is_own_tokenizer(directory, workdir):
             raise ConfigError(
-                f"--pretrained={name} has a vocabulary of {model.config.vocab_size}, not that of {workdir}"
+                f"--pretrained={name} (a vocabulary of {sizes[0]}) does not read the tokens of {workdir} "
+                f"({sizes[1]}); give a model that was exported from this run, or trained on its tokens"
             )
     text = one_first(lambda: load_text(config.data, config.model.vocab_size))
     with open_checkpoints(workdir) as checkpoints:
@@ -67,6 +71,14 @@ def evaluate_run(workdir: Path, config: Config) -> str:
         f"{name}: held-out loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, "
         f"{result.bits_per_byte:.4f} bits per byte ({result.tokens:,} tokens)"
     )
+
+
+def is_own_tokenizer(directory: Path, workdir: Path) -> bool:
+    """Whether the tokenizer of a model's directory makes the tokens of a run; without one it is taken to."""
+    theirs = directory / "tokenizer.json"
+    if not theirs.exists():
+        return not (directory / "tiktoken.model").exists()
+    return read_json(theirs).get("model") == read_json(workdir / "tokenizer.json").get("model")
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ class Verification:
     cause: str
     """What explains the difference."""
     tokens: int
-    """Compared."""
+    """Compared: padding is not."""
 
     @property
     def same(self) -> bool:
@@ -149,15 +149,22 @@ def verify(
         logits=logits,
         largest_logit=float(np.abs(right[1] - left[1]).max()),
         cause=_cause(original, converted, batch, logits),
-        tokens=int(np.size(tokens)),
+        tokens=len(left[1]),
     )
 
 
 def _cause(original: Decoder, converted: Decoder, batch, difference: float) -> str:
     if difference == 0:
         return "none: the two are bitwise equal"
-    sites = named_leaves(converted).get("sites.query")
-    if sites is not None and float(jnp.abs(sites.astype(jnp.float32)).max()) > 0:
+    before, after = named_leaves(original), named_leaves(converted)
+    changed = [name for name, x in before.items() if name in after and not jnp.array_equal(x, after[name])]
+    if changed:
+        return (
+            f"other weights: {len(changed)} of {len(before)} arrays differ, {changed[0]} among them; "
+            "the model has been trained since it was converted, or was not converted from this one"
+        )
+    query = after.get("sites.query")
+    if query is not None and float(jnp.abs(query.astype(jnp.float32)).max()) > 0:
         return "the queries are not zero: the model has been trained since it was converted"
     left, right = (_run(with_eps(model, 1e-30), *batch)[1] for model in (original, converted))
     without = _relative(right, left)
@@ -174,10 +181,10 @@ def _cause(original: Decoder, converted: Decoder, batch, difference: float) -> s
 def with_eps(model: Decoder, eps: float) -> Decoder:
     """The model with another eps in its norms, and float32 activations."""
     config = dataclasses.replace(model.config, norm_eps=eps, dtype="float32")
-    return _with_config(model, config)
+    return with_config(model, config)
 
 
-def _with_config(model: Decoder, config) -> Decoder:
+def with_config(model: Decoder, config) -> Decoder:
     """The parameters of a model under another configuration."""
     return jax.tree.unflatten(jax.tree.structure(abstract_model(config)), jax.tree.leaves(model))
 
@@ -185,7 +192,7 @@ def _with_config(model: Decoder, config) -> Decoder:
 def _run(model: Decoder, tokens, segment_ids, positions) -> tuple[np.ndarray, np.ndarray]:
     """(outputs of all sublayers, logits) at real tokens, float32."""
     trace = _trace(
-        _with_config(model, dataclasses.replace(model.config, dtype="float32")), tokens, segment_ids, positions
+        with_config(model, dataclasses.replace(model.config, dtype="float32")), tokens, segment_ids, positions
     )
     real = np.ones(np.shape(tokens), bool) if segment_ids is None else np.asarray(segment_ids) > 0
     return np.asarray(trace.outputs)[:, real], np.asarray(trace.logits)[real]

@@ -165,7 +165,7 @@ class MLA(nnx.Module):
         latent, shared_key = (constrain(y, "batch", None, None) for y in (latent, shared_key))
         expanded = self.expand(latent).reshape(*x.shape[:2], self.num_heads, -1)
         key, value = expanded[..., : self.nope_dim], expanded[..., self.nope_dim :]
-        if implementation_for(self.implementation, query) == "splash":
+        if self.implementation != "cudnn" and implementation_for(self.implementation, query) == "splash":
             query = jnp.concatenate([query, shared_query], -1)
             shared = jnp.broadcast_to(shared_key[:, :, None], (*key.shape[:-1], self.rope_dim))
             key = jnp.concatenate([key, shared], -1)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-_NOT_ZERO = 1e-20  # added to a sum of scores, since the sigmoids of a token may all underflow
+# Added to sums of scores, since the sigmoids of a token may all underflow; not its square, which a gradient divides by.
+_NOT_ZERO = 1e-18
 
 
 class Routing(NamedTuple):

@@ -1,3 +1,4 @@
+import json
 import shutil
 
 import jax
@@ -22,6 +23,7 @@ from attnres_jax.analysis.inspection import MAGNITUDES
 from attnres_jax.config import DepthConfig, ModelConfig
 from attnres_jax.depth import RULES
 from attnres_jax.models import unrolled
+from attnres_jax.training import ChangedTextError
 
 CASES = [(rule, 2) for rule in RULES] + [("block", 4), ("rms_block", 4), ("delta_block", 4)]
 EVEN = [("block", 4), ("block", 2), ("full", 2), ("rms_block", 4), ("delta", 2), ("delta_block", 2)]
@@ -155,6 +157,18 @@ def test_run_is_inspected_into_its_workdir(real_run):
     assert list(before["source_labels"]) == ["embedding", "block 1", "block 2"] == list(inspection.source_labels)
     assert before["depth_weights"].shape == (5, 3)
     assert not list(real_run.glob(".inspection*"))
+
+
+def test_text_that_has_changed_is_not_inspected(real_run, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(real_run, workdir)
+    config = json.loads((workdir / "config.json").read_text())
+    config["data"]["heldout_percent"] = 40
+    (workdir / "config.json").write_text(json.dumps(config))
+    before = (workdir / "inspection.npz").read_bytes()
+    with pytest.raises(ChangedTextError, match="has changed since step 8"):
+        inspect_run(workdir)
+    assert (workdir / "inspection.npz").read_bytes() == before
 
 
 def test_an_inspection_of_another_step_is_told(real_run, tmp_path):

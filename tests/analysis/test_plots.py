@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pytest
 
@@ -69,6 +71,25 @@ def test_differences_take_the_tokens_that_both_have(make_run):
     (short / "metrics.jsonl").write_text("".join(row for row in rows if '"eval", "step": 10' not in row))
     late = drawn(loss_differences(group([read_run(make_run("c")), read_run(short)])))["tiny_block"]
     np.testing.assert_array_equal(late, np.array(lines["tiny_block"])[:, 1:])
+
+
+def test_loss_of_other_tokens_is_drawn_in_bits(arms):
+    figure, gaps = loss_curves(arms, column="bits_per_byte"), loss_differences(arms, column="bits_per_byte")
+    np.testing.assert_allclose(drawn(figure)["tiny_residual"][1], [2.25, 2.0, 1.75, 1.5])
+    np.testing.assert_allclose(drawn(gaps)["tiny_block"][1], -0.05)
+    assert figure.axes[0].get_ylabel() == "loss, bits a byte"
+    assert gaps.axes[0].get_ylabel() == "difference, bits a byte"
+
+
+@pytest.mark.parametrize("name", ["lr=$10^$ x", "_under"])
+def test_any_name_is_drawn_and_in_the_legend(make_run, name):
+    """Mathematics to matplotlib, and a label that it hides."""
+    arms = group([read_run(make_run("a")), read_run(make_run("b", "block", overrides=[f"name={name}"]))])
+    for figure in (loss_curves(arms), loss_differences(arms), layer_profile({name: np.ones(4)}, "RMS")):
+        figure.savefig(io.BytesIO())
+        (legend,) = figure.legends
+        assert legend.get_texts()[-1].get_text().replace("\\", "") == name
+    mixing_panels({name: np.eye(3)}).savefig(io.BytesIO())
 
 
 def test_profile_turns_logarithmic_where_a_line_would_lie_on_zero():

@@ -8,7 +8,7 @@ import pytest
 
 from attnres_jax.analysis import RunError, compare, write_report
 from attnres_jax.analysis.plots import training_map
-from attnres_jax.analysis.report import summary
+from attnres_jax.analysis.report import report, summary
 from attnres_jax.analysis.runs import read_run
 
 
@@ -80,6 +80,22 @@ def test_summary_tells_the_truth_whatever_it_is(make_run, block, said):
     assert said in told
     assert "A step takes 1.20 times as long with tiny_block as with tiny_residual." in told
     assert "With one seed an arm, the order of the arms may be chance." in told
+
+
+def test_arms_of_other_tokens_are_ranked_by_bits(make_run):
+    """Half the vocabulary: more bits a byte at less loss a token."""
+    workdirs = [make_run("a", loss=5.0), make_run("b", "block", loss=4.5, overrides=["model.vocab_size=512"])]
+    rows = [json.loads(line) for line in (workdirs[1] / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["bits_per_byte"] = row["loss"]
+    (workdirs[1] / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    comparison = compare(workdirs)
+    told = summary(comparison)
+    assert "in bits a byte, lowest first: tiny_residual 2.5000 and tiny_block 4.5000." in told
+    assert "tiny_block is higher by 2.0000 bits/byte" in told
+    page = report(comparison)
+    assert page.count("Last values: tiny_residual 2.5000 and tiny_block 4.5000.") == 4
+    assert "A token is not the same piece of text in all arms" in page
 
 
 def test_summary_of_seeds_calls_noise_noise(make_run):

@@ -43,6 +43,14 @@ def test_broken_line_elsewhere_is_skipped_and_named(make_run):
     assert len(run.notes) == 1 and "metrics.jsonl: line 3 " in run.notes[0]
 
 
+def test_one_row_is_a_run(make_run):
+    workdir = make_run("a")
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    (workdir / "metrics.jsonl").write_text(lines[-1])
+    run = read_run(workdir)
+    assert list(run.heldout["step"]) == [40] and run.notes == () and np.isnan(run.train["loss"]).all()
+
+
 def test_of_a_repeated_step_the_later_row_counts(make_run):
     workdir = make_run("a", loss=3.0)
     with (workdir / "metrics.jsonl").open("a") as file:

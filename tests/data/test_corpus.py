@@ -81,6 +81,8 @@ def test_jsonl_lines_are_documents(tmp_path):
         b'{"text": "\xff"}',
         b'{"text": "\\ud800"}',
         b"null",
+        b'{"text": "a", "id": ' + b"1" * 5000 + b"}",
+        b"[" * 100_000,
     ],
 )
 def test_malformed_json_line_is_named(tmp_path, line):

@@ -1,5 +1,6 @@
 """The commands as a user types them: one line for what is wrong, and a trained run that goes out and comes back."""
 
+import json
 import os
 import re
 import subprocess
@@ -69,6 +70,13 @@ def test_a_trained_run_goes_out_and_comes_back_with_the_same_loss(rule, tmp_path
     text = Path(config.data.files).parent / "0.txt"
     out = run("verify", tmp_path / "out", tmp_path / "out", f"--text={text}")
     assert "none: the two are bitwise equal" in out
+    tokenizer, kept = tmp_path / "out" / "tokenizer.json", (tmp_path / "out" / "tokenizer.json").read_text()
+    values = json.loads(kept)
+    values["model"]["merges"] = values["model"]["merges"][::-1]
+    tokenizer.write_text(json.dumps(values))
+    error = run(f"--workdir={tmp_path / 'run'}", f"--pretrained={tmp_path / 'out'}", script=("eval.py",), code=2)
+    assert f"does not read the tokens of {tmp_path / 'run'}" in error
+    tokenizer.write_text(kept)
     # The run has its tokenizer itself; on a changed text there is no comparison.
     text.write_text("something else entirely")
     run("export", tmp_path / "run", tmp_path / "again")

@@ -107,6 +107,15 @@ def losses_by_hand(logits, k, valid):
     return np.mean(balance), np.mean(squares)
 
 
+def test_scores_that_all_underflow_are_balanced_too():
+    def loss(logits):
+        routing = route(logits, jnp.zeros(4), 2)
+        return sequence_balance_loss(routing.scores, routing.indices) + jnp.sum(routing.weights[..., 0])
+
+    value, gradient = jax.value_and_grad(loss)(jnp.full((1, 3, 4), -120.0).at[0, 0].set(jnp.arange(4.0)))
+    assert np.isfinite(value) and np.isfinite(gradient).all() and np.abs(gradient[0, 0]).max() > 0
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_losses_and_load(padded):
     logits, _ = logits_and_bias(shape=(3, 5))

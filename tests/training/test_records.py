@@ -37,6 +37,19 @@ def test_rows_after_the_checkpoint_and_a_torn_one_are_dropped(tmp_path):
     assert read_rows(path) == [row(1), row(2), row(3), row(4, again=True)]
 
 
+def test_rows_after_a_broken_one_stay(tmp_path):
+    """As a crashed disk leaves it."""
+    with Records(tmp_path, 0) as records:
+        for step in range(1, 6):
+            records.write(row(step))
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:2], "\0" * 20, *lines[3:]]))
+    with Records(tmp_path, 4):
+        pass
+    assert read_rows(path) == [row(1), row(2), row(4)]
+
+
 def test_rows_up_to_the_checkpoint_keep_their_bytes(tmp_path):
     with Records(tmp_path, 0) as records:
         records.write(row(1, tiny=1.2345678901234567e-17, whole=3))
