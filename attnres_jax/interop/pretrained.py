@@ -47,7 +47,9 @@ def load_pretrained(
     Args:
       directory_or_repo_id: a directory with `config.json` and safetensors, or a repository of the hub.
       residual: the depth rule for a checkpoint of the plain residual, by name (then with about eight blocks) or with
-        all its options; its parameters are new, and zero queries make the same function. None: as `config.json` says.
+        all its options. Its parameters are new, and at their start it is the same function where `docs/semantics.md`
+        says so, as for block and full; another for rezero, layerscale, rms_block and delta rules. None: as
+        `config.json` says.
       mesh: from `parallel.make_mesh`, where every parameter goes as in training; or of any other axes: every
         parameter is spread along its largest axis that the devices divide. None: the first device.
       dtype: of activations, float32 or bfloat16; None: as `config.json` says.
