@@ -7,9 +7,10 @@
 
 No TPU is needed: libtpu compiles for the topologies named and reports the memory of a device. The baseline keeps the
 input of every block and recomputes the rest (`--remat=full`), as the other arms do; `+ [B,T,D]` is what an arm needs
-beyond it, in activations of the model's dtype, beside the bound of N + 4. Arrays that the compiler puts into the chip's
-own memory are not in these bytes. What is alive at the peak, XLA writes down by itself:
-`XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text"`, files `*live-range.txt` and `*buffer-assignment.txt`.
+beyond it, in activations of the model's dtype, beside the bound of N + 4. Temporary bytes are what the compiler sets aside,
+with the holes that its packing leaves; alive is what of it is in use at the peak, without them. Arrays that it puts into the
+chip's own memory are in neither. What they are, XLA writes down by itself: `XLA_FLAGS="--xla_dump_to=DIR
+--xla_dump_hlo_as_text"`, files `*live-range.txt` and `*buffer-assignment.txt`.
 """
 
 import os
@@ -52,7 +53,7 @@ def main(arguments: list[str], overrides: list[str]) -> None:
         f"width {step.WIDTH.value}, {step.LAYERS.value} layers, N={blocks}, {step.TOKENS.value} tokens, "
         f"{step.DTYPE.value}, remat {step.REMAT.value}, jax {jax.__version__}"
     )
-    print(f"{'device':12}{'rule':10}{'temp bytes':>15}{'+ [B,T,D]':>11}{'bound':>7}{'arguments':>15}")
+    print(f"{'device':12}{'rule':10}{'temp bytes':>15}{'+ [B,T,D]':>11}{'alive':>15}{'+ [B,T,D]':>11}{'bound':>7}")
     for name in TOPOLOGIES.value:
         try:
             device = topologies.get_topology_desc(platform="tpu", topology_name=name).devices[0]
@@ -64,16 +65,16 @@ def main(arguments: list[str], overrides: list[str]) -> None:
             with use_mesh(one_device_mesh(device)):  # or the attention would be this machine's
                 lowered = step.lower(arm, step.LAYERS.value, 2 * per_block, device)
             memory = lowered.compile(compiler_options=options).memory_analysis()
-            base = memory.temp_size_in_bytes if base is None else base
-            extra = (memory.temp_size_in_bytes - base) / activation
-            print(
-                f"{name:12}{arm:10}{memory.temp_size_in_bytes:15,d}{extra:11.1f}{blocks + 4:7d}"
-                f"{memory.argument_size_in_bytes:15,d}"
-            )
-            figures += [
-                {"name": f"{name}/{arm}/temp_bytes", "value": memory.temp_size_in_bytes, "unit": "bytes"},
-                {"name": f"{name}/{arm}/extra_activations", "value": extra, "unit": "[B, T, D]"},
-            ]
+            sizes = memory.temp_size_in_bytes, memory.peak_memory_in_bytes - memory.argument_size_in_bytes
+            base = base or sizes
+            extra = [(size - first) / activation for size, first in zip(sizes, base, strict=True)]
+            columns = "".join(f"{size:15,d}{more:11.1f}" for size, more in zip(sizes, extra, strict=True))
+            print(f"{name:12}{arm:10}{columns}{blocks + 4:7d}", flush=True)
+            for kind, size, more in zip(("temp", "alive"), sizes, extra, strict=True):
+                figures += [
+                    {"name": f"{name}/{arm}/{kind}_bytes", "value": size, "unit": "bytes"},
+                    {"name": f"{name}/{arm}/{kind}_extra_activations", "value": more, "unit": "[B, T, D]"},
+                ]
     if step.JSON.value:
         Path(step.JSON.value).write_text(json.dumps(figures, indent=1) + "\n")
 
