@@ -132,6 +132,14 @@ def test_arguments_and_overrides_reach_the_dataclasses():
         (TINY, ["optimizer.weight_decay=inf"], "optimizer.weight_decay=inf must be finite"),
         (TINY, ["model.depth.recency_bias=nan"], "model.depth.recency_bias=nan must be finite"),
         (TINY, ["model.depth.windw=3"], "known in model.depth: block_size, heads, "),
+        (TINY, ["model.depth=full"], "key 'model.depth' is a group of keys; known in model.depth: block_size, heads, "),
+        (
+            TINY,
+            ["model.dept=3"],
+            "did you mean 'model.depth'? known in model: activation, attention, ",
+        ),
+        (TINY, ["depth.rule=full"], "did you mean 'model.depth.rule'?"),
+        (TINY, ["model.zzzz=3"], "key 'model.zzzz' is unknown; known in model: activation, "),
         (TINY, ["optimizer.weight_decay=-1"], "optimizer.weight_decay=-1.0 must not be negative"),
         (TINY, ["metrics.every=0"], "metrics.every=0 must be positive"),
         (TINY, ["optimizer.depth_query_lr_multiplier=-1"], "depth_query_lr_multiplier=-1.0 must not be negative"),
@@ -181,23 +189,31 @@ def test_errors_are_one_line_that_names_key_value_and_way_out(spec, overrides, m
     assert "\n" not in str(error.value)
 
 
-def test_a_config_file_that_sets_an_unknown_key_or_a_wrong_type(tmp_path):
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("config.model.widht = 64", "bad.py: config key 'model.widht' is unknown; did you mean 'model.width'?"),
+        ("config.model.width = 'wide'", "bad.py: model.width='wide' must be int, not str"),
+        ("config.model.depth = 'full'", "model.depth='full' must be a group of keys, not str; known in model.depth: "),
+        ("config.model.depth.rule = 'ful'", "model.depth.rule='ful' is unknown"),
+        ("return None", "bad.py: get_config returns NoneType; it is to return default_config(), changed"),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line(line, message, tmp_path):
     head = "from attnres_jax.config import default_config\ndef get_config(_):\n  config = default_config()\n"
-    for number, (line, message) in enumerate(
-        [
-            ("config.model.widht = 64", "widht"),
-            ("config.model.width = 'wide'", "width"),
-            ("config.model.depth = 3", "depth"),
-        ]
-    ):
-        path = tmp_path / f"bad{number}.py"
-        path.write_text(f"{head}  {line}\n  return config\n")
-        with pytest.raises(ConfigError) as error:
-            load_config(str(path))
-        assert message in str(error.value) and "\n" not in str(error.value)
-    path.write_text("def get_config(_):\n  pass\n")
-    with pytest.raises(ConfigError, match=r"bad2\.py: get_config"):
-        load_config(str(path))
+    (tmp_path / "bad.py").write_text(f"{head}  {line}\n  return config\n")
+    with pytest.raises(ConfigError) as error:
+        load_config(str(tmp_path / "bad.py"))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_group_replaced_in_a_config_file_can_still_be_overridden(tmp_path):
+    (tmp_path / "a.py").write_text(
+        "from attnres_jax.config import default_config\n"
+        "def get_config(_):\n  config = default_config()\n  config.model.depth = {'rule': 'full'}\n  return config\n"
+    )
+    depth = load_config(str(tmp_path / "a.py"), ["model.depth.window=3"]).model.depth
+    assert (depth.rule, depth.window) == ("full", 3)
 
 
 def test_json_round_trip(tmp_path):

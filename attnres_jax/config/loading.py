@@ -4,7 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,8 @@ from attnres_jax.errors import ConfigError
 
 
 def default_config() -> config_dict.ConfigDict:
-    """Every key with its default, for a config file to change and return."""
-    return config_dict.ConfigDict(dataclasses.asdict(Config()))
+    """Every key with its default, for a config file to change and return; what it changes is checked afterwards."""
+    return config_dict.ConfigDict(dataclasses.asdict(Config()), type_safe=False)
 
 
 def arguments(text: str, **defaults: Any) -> config_dict.ConfigDict:
@@ -74,14 +74,13 @@ def load_config(path_with_args: str, overrides: Sequence[str] = ()) -> Config:
     try:
         spec.loader.exec_module(module)
         values = module.get_config(argument)
+        if not isinstance(values, config_dict.ConfigDict):
+            raise ConfigError(f"get_config returns {type(values).__name__}; it is to return default_config(), changed")
+        values = config_dict.ConfigDict(dataclasses.asdict(_build(Config, values.to_dict(), "")))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (AttributeError, KeyError, TypeError, SyntaxError) as error:
         raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
-    if not isinstance(values, config_dict.ConfigDict):
-        raise ConfigError(
-            f"{path}: get_config returns {type(values).__name__}; it is to return default_config(), changed"
-        )
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -127,17 +126,19 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     built = {}
     for key, value in values.items():
+        full = prefix + key
         if key not in fields:
-            raise ConfigError(_unknown("", prefix + key, [prefix + name for name in fields]))
+            raise ConfigError(_unknown("", full, list(_keys(default_config()))))
         kind = fields[key].type
         if dataclasses.is_dataclass(kind):
             if not isinstance(value, Mapping):
-                raise ConfigError(f"{prefix}{key}={value!r} must be a group of keys, not {type(value).__name__}")
-            built[key] = _build(kind, value, f"{prefix}{key}.")
+                known = _known_in(full, list(_keys(default_config())))
+                raise ConfigError(f"{full}={value!r} must be a group of keys, not {type(value).__name__}; {known}")
+            built[key] = _build(kind, value, f"{full}.")
         elif kind is float and type(value) is int:
             built[key] = float(value)
         elif type(value) is not kind:
-            raise ConfigError(f"{prefix}{key}={value!r} must be {kind.__name__}, not {type(value).__name__}")
+            raise ConfigError(f"{full}={value!r} must be {kind.__name__}, not {type(value).__name__}")
         else:
             built[key] = value
     return cls(**built)
@@ -145,35 +146,48 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
 
 def _assign(values: config_dict.ConfigDict, key: str, text: str, what: str) -> None:
     """Sets `key` (dotted) of `values` to `text`, parsed as the type of the value that stands there."""
-    known = list(_leaves(values))
+    known = list(_keys(values))
     if key not in known:
         raise ConfigError(_unknown(what, key, known))
     *path, name = key.split(".")
     for part in path:
         values = values[part]
     kind = type(values[name])
+    if kind is config_dict.ConfigDict:
+        raise ConfigError(f"{what or 'config '}key {key!r} is a group of keys; {_known_in(key, known)}")
     try:
         values[name] = {"true": True, "false": False}[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError):
         raise ConfigError(f"{what}{key}={text!r} must be {kind.__name__}") from None
 
 
-def _leaves(values: config_dict.ConfigDict, prefix: str = ""):
+def _keys(values: config_dict.ConfigDict, prefix: str = "") -> Iterator[str]:
+    """Every key, dotted; groups too."""
     for key, value in values.items():
+        yield prefix + key
         if isinstance(value, config_dict.ConfigDict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key
+            yield from _keys(value, f"{prefix}{key}.")
 
 
 def _unknown(what: str, key: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(key, known, 1, 0.4) or difflib.get_close_matches(
-        key.rpartition(".")[2], [name.rpartition(".")[2] for name in known], 1, 0.4
-    )
-    full = next((name for name in known if near and (name == near[0] or name.endswith("." + near[0]))), None)
-    message = f"{what or 'config '}key {key!r} is unknown; "
-    if full is None:
-        return message + f"known: {', '.join(known)}"
-    group = key.rpartition(".")[0]
-    siblings = [name.removeprefix(f"{group}.") for name in known if group and name.rpartition(".")[0] == group]
-    return message + f"did you mean {full!r}?" + (f" known in {group}: {', '.join(siblings)}" if siblings else "")
+    """The likest key is one of the same name, else one of the same group, else any where the group is unknown."""
+    group, _, name = key.rpartition(".")
+    siblings = _names_in(group, known)
+    near = difflib.get_close_matches(key, [other for other in known if other.rpartition(".")[2] == name], 1, 0)
+    if not near and siblings:
+        near = [f"{group}.{name}".lstrip(".") for name in difflib.get_close_matches(name, siblings, 1, 0.5)]
+    elif not near:
+        near = difflib.get_close_matches(key, known, 1)
+    ways_out = [f"did you mean {near[0]!r}?"] if near else []
+    if not near or (group and siblings):
+        ways_out.append(_known_in(group, known))
+    return f"{what or 'config '}key {key!r} is unknown; {' '.join(ways_out)}"
+
+
+def _known_in(group: str, known: Sequence[str]) -> str:
+    names = _names_in(group, known)
+    return f"known in {group}: {', '.join(names)}" if group and names else f"known: {', '.join(_names_in('', known))}"
+
+
+def _names_in(group: str, known: Sequence[str]) -> list[str]:
+    return [name for parent, _, name in (key.rpartition(".") for key in known) if parent == group]
