@@ -197,9 +197,14 @@ def test_errors_are_one_line_that_names_key_value_and_way_out(spec, overrides, m
         ("config.model.depth = 'full'", "model.depth='full' must be a group of keys, not str; known in model.depth: "),
         ("config.model.depth.rule = 'ful'", "model.depth.rule='ful' is unknown"),
         ("return None", "bad.py: get_config returns NoneType; it is to return default_config(), changed"),
+        ("config.model.width = int('wide')", "bad.py:4: ValueError: invalid literal for int()"),
+        ("config.model.width = config.widht", "bad.py:4: AttributeError: "),
+        ("from attnres_jax.config import default_cfg", "bad.py:4: ImportError: cannot import name 'default_cfg'"),
+        ("raise ValueError('two\\nlines')", "bad.py:4: ValueError: two lines"),
+        ("config.model.width = ", "bad.py:4: SyntaxError: "),
     ],
 )
-def test_a_mistake_in_a_config_file_is_one_line(line, message, tmp_path):
+def test_a_mistake_in_a_config_file_is_one_line_that_says_where(line, message, tmp_path):
     head = "from attnres_jax.config import default_config\ndef get_config(_):\n  config = default_config()\n"
     (tmp_path / "bad.py").write_text(f"{head}  {line}\n  return config\n")
     with pytest.raises(ConfigError) as error:

@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import importlib.util
 import json
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ml_collections import config_dict
 
 from attnres_jax.config.checks import validate
 from attnres_jax.config.schema import Config
-from attnres_jax.errors import ConfigError
+from attnres_jax.errors import ConfigError, UserError
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -79,8 +80,11 @@ def load_config(path_with_args: str, overrides: Sequence[str] = ()) -> Config:
         values = config_dict.ConfigDict(dataclasses.asdict(_build(Config, values.to_dict(), "")))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError, SyntaxError) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ConfigError(f"{path}{_line(error, spec.origin)}: {text}") from error
     for override in overrides:
         key, equals, value = override.partition("=")
         if not equals:
@@ -120,6 +124,14 @@ def read_config(path: Path) -> Config:
         return config_from_dict(values)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
+
+
+def _line(error: Exception, path: str) -> str:
+    """Where in the file at `path` the error arose, as `:line`."""
+    if isinstance(error, SyntaxError) and error.filename == path:
+        return f":{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+    return f":{lines[-1]}" if lines else ""
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
