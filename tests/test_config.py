@@ -189,6 +189,11 @@ def test_errors_are_one_line_that_names_key_value_and_way_out(spec, overrides, m
     assert "\n" not in str(error.value)
 
 
+def test_nothing_is_suggested_that_is_not_alike():
+    with pytest.raises(ConfigError, match=r"model\.depth\.rule='nope' is unknown; known: .*, muddformer$"):
+        load_config(TINY, ["model.depth.rule=nope"])
+
+
 @pytest.mark.parametrize(
     "line, message",
     [

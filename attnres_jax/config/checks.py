@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 from attnres_jax.config.schema import (
@@ -40,7 +40,7 @@ def validate(config: Config) -> None:
     validate_model(model)
     if not 0 <= config.seed < 2**32:  # of others, JAX would take the last 32 bits
         raise ConfigError(f"seed={config.seed} must be from 0 to {2**32 - 1}")
-    _one_of("data.source", data.source, ("stdlib", "text"))
+    one_of("data.source", data.source, ("stdlib", "text"))
     _positive("data", data, "sequence_length", "batch_size")
     _positive("training", training, "steps", "accumulation", "log_every", "eval_every", "eval_sequences")
     _positive("training", training, "checkpoint_every", "keep_checkpoints", "process_timeout")
@@ -62,8 +62,8 @@ def validate(config: Config) -> None:
     if not 0 <= training.router_bias_until <= 1:
         raise ConfigError(f"training.router_bias_until={training.router_bias_until} must be from 0 to 1")
     _validate_mesh(config.mesh)
-    _one_of("pipeline.schedule", config.pipeline.schedule, SCHEDULES)
-    _one_of("pipeline.transport", config.pipeline.transport, TRANSPORTS)
+    one_of("pipeline.schedule", config.pipeline.schedule, SCHEDULES)
+    one_of("pipeline.transport", config.pipeline.transport, TRANSPORTS)
     _positive("pipeline", config.pipeline, "virtual_stages")
     if not 1 <= data.heldout_percent <= 50:
         raise ConfigError(f"data.heldout_percent={data.heldout_percent} must be from 1 to 50")
@@ -97,15 +97,15 @@ def validate_model(model: ModelConfig) -> None:
     """
     _positive("model", model, "vocab_size", "width", "num_layers", "num_heads", "num_kv_heads", "mlp_width")
     _positive("model", model, "max_length", "rope_theta", "norm_eps")
-    _one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
-    _one_of("model.remat", model.remat, tuple(REMAT_POLICIES))
-    _one_of("model.attention", model.attention, softmax_attention.IMPLEMENTATIONS)
-    _one_of("model.experts", model.experts, IMPLEMENTATIONS)
-    _one_of("model.expert_exchange", model.expert_exchange, EXCHANGES)
+    one_of("model.dtype", model.dtype, ("float32", "bfloat16"))
+    one_of("model.remat", model.remat, REMAT_POLICIES)
+    one_of("model.attention", model.attention, softmax_attention.IMPLEMENTATIONS)
+    one_of("model.experts", model.experts, IMPLEMENTATIONS)
+    one_of("model.expert_exchange", model.expert_exchange, EXCHANGES)
     _not_negative("model", model, "expert_capacity")
     if model.expert_exchange == "routed" and model.experts == "dense":
         raise ConfigError("model.expert_exchange='routed' needs rows sorted by expert; nearest: model.experts='auto'")
-    _one_of("model.activation", model.activation, tuple(GATES))
+    one_of("model.activation", model.activation, GATES)
     for key, known in (("attention_layers", ATTENTION_KINDS), ("mlp_layers", MLP_KINDS)):
         try:
             expand(getattr(model, key), model.num_layers, known)
@@ -129,7 +129,7 @@ def validate_model(model: ModelConfig) -> None:
     if "moe" in kinds:
         _validate_moe(model.moe)
     _validate_rope_scaling(model.rope_scaling)
-    _one_of("model.depth.rule", model.depth.rule, tuple(RULES))
+    one_of("model.depth.rule", model.depth.rule, RULES)
     size, sublayers = model.depth.block_size, 2 * model.num_layers
     if size < 1 or (size > 1 and size % 2) or size > sublayers:
         near = min(max(size, 1), sublayers)
@@ -185,7 +185,7 @@ def _validate_moe(moe: MoEConfig) -> None:
     _positive("model.moe", moe, "num_experts", "experts_per_token", "expert_width", "scaling")
     _positive("model.moe", moe, "num_groups", "top_groups")
     _not_negative("model.moe", moe, "num_shared", "shared_width", "latent_width")
-    _one_of("model.moe.router_activation", moe.router_activation, tuple(SCORES))
+    one_of("model.moe.router_activation", moe.router_activation, SCORES)
     if moe.experts_per_token > moe.num_experts:
         raise ConfigError(
             f"model.moe.experts_per_token={moe.experts_per_token} is more than model.moe.num_experts="
@@ -217,7 +217,7 @@ def _validate_mesh(mesh: MeshConfig) -> None:
 
 
 def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
-    _one_of("model.rope_scaling.kind", scaling.kind, ("none", "llama3", "yarn"))
+    one_of("model.rope_scaling.kind", scaling.kind, ("none", "llama3", "yarn"))
     _positive("model.rope_scaling", scaling, "factor", "low_frequency_factor", "original_length")
     _positive("model.rope_scaling", scaling, "beta_fast", "beta_slow")
     _not_negative("model.rope_scaling", scaling, "mscale", "mscale_all_dim")
@@ -228,10 +228,15 @@ def _validate_rope_scaling(scaling: RopeScalingConfig) -> None:
         )
 
 
-def _one_of(key: str, value: str, allowed: Sequence[str]) -> None:
+def one_of(key: str, value: str, allowed: Collection[str]) -> None:
+    """Refuses another value, with the nearest where one is alike.
+
+    Raises:
+      ConfigError: naming the key, its value and what is allowed.
+    """
     if value not in allowed:
-        near = difflib.get_close_matches(value, allowed, 1, 0)
-        raise ConfigError(f"{key}={value!r} is unknown; known: {', '.join(allowed)}; nearest: {near[0]!r}")
+        near = "".join(f"; nearest: {name!r}" for name in difflib.get_close_matches(value, allowed, 1))
+        raise ConfigError(f"{key}={value!r} is unknown; known: {', '.join(allowed)}{near}")
 
 
 def _nearest_divisor(number: int, to: int) -> int:

@@ -1,9 +1,9 @@
 """The model families by `model_type`, and their presets by name."""
 
 import dataclasses
-import difflib
 
 from attnres_jax.config import DepthConfig, ModelConfig, validate_model
+from attnres_jax.config.checks import one_of
 from attnres_jax.errors import ConfigError
 from attnres_jax.models.deepseek_v3 import DEEPSEEK_V3
 from attnres_jax.models.family import Family, NoPlaceError
@@ -33,9 +33,7 @@ def preset(name: str, residual: str = "residual", block_size: int = 0) -> ModelC
     Raises:
       ConfigError: for an unknown name or rule.
     """
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, 1, 0)
-        raise ConfigError(f"preset={name!r} is unknown; known: {', '.join(PRESETS)}; nearest: {near[0]!r}")
+    one_of("preset", name, PRESETS)
     family = PRESETS[name]
     config = family.read(family.presets[name].settings)
     depth = DepthConfig(rule=residual, block_size=block_size or default_block_size(config.num_layers))
