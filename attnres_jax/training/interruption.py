@@ -32,5 +32,6 @@ class Interruption(contextlib.AbstractContextManager):
     def _request(self, number: int, _: Any) -> None:
         self.requested = signal.Signals(number).name
         # Not print: a handler may run in the middle of another write to the same stream.
-        os.write(2, f"\n{self.requested}: stopping after this step, saved; once more to stop at once\n".encode())
+        told = "finishing this step, then saving and stopping; once more to stop at once, unsaved"
+        os.write(2, f"\n{self.requested}: {told}\n".encode())
         self.__exit__()

@@ -122,7 +122,7 @@ def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(uninterrupted, overrides, 
         assert summary["status"] == "interrupted"
         assert point <= summary["steps"] == run.newest() < STEPS
         assert "resume with: python" in out
-        assert signal.Signals(number).name in err
+        assert f"{signal.Signals(number).name}: finishing this step, then saving and stopping; once more" in err
         assert "Traceback" not in err
     code, _, err = run.finish()
     assert code == 0, err
