@@ -134,7 +134,8 @@ def _matching(pattern: str) -> tuple[Path, list[Path]]:
     paths = sorted(Path(path) for path in set(glob.glob(pattern, recursive=True)) if os.path.isfile(path))
     if not paths:
         raise DataError(
-            f"data.files={pattern!r} matches no file; give a glob of .txt or .jsonl files such as 'corpus/*.txt'"
+            f"data.files={pattern!r} matches no file, taken as {os.path.abspath(pattern)!r}; give a glob of .txt or "
+            ".jsonl files such as 'corpus/*.txt'"
         )
     for path in paths:
         if path.suffix not in (".txt", ".jsonl"):

@@ -107,6 +107,13 @@ def test_files_that_cannot_serve(tmp_path, pattern, message):
     assert message in one_line(error)
 
 
+def test_a_glob_that_matches_nothing_is_named_from_the_root(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError) as error:
+        open_corpus(DataConfig(source="text", files="corpus/*.jsonl"))
+    assert f"data.files='corpus/*.jsonl' matches no file, taken as '{tmp_path}/corpus/*.jsonl'" in one_line(error)
+
+
 def test_file_that_vanished_is_named(tmp_path):
     (tmp_path / "a.txt").write_text("text")
     corpus = open_corpus(text_config(tmp_path, "*.txt"))
