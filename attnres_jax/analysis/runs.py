@@ -132,7 +132,8 @@ def read_run(workdir: str | Path) -> Run:
         raise RunError(f"workdir '{workdir}' has {state}; compare it once it has trained for training.eval_every steps")
     summary = _read_summary(workdir / "summary.json", notes)
     inspection = _read_inspection(workdir / "inspection.npz", notes)
-    done, steps = max([*rows["eval"], *rows["train"]]), config.training.steps
+    # An interrupted run has trained past its last row, and one that was killed after it went on past its summary.
+    done, steps = max([*rows["eval"], *rows["train"], summary.get("steps", 0)]), config.training.steps
     if "step" in inspection and inspection["step"] != done:
         notes.append(f"{workdir} was inspected at step {inspection['step']} of the {done} that it has trained.")
     if summary.get("status", "unfinished") != "finished" or done < steps:

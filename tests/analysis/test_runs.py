@@ -73,6 +73,9 @@ def test_torn_file_is_ignored_and_named(make_run, name):
 def test_unfinished_run_is_said_to_be(make_run):
     workdir = make_run("a", status="interrupted", overrides=["training.steps=60"])
     assert read_run(workdir).notes == (f"{workdir} is interrupted: step 40 of 60.",)
+    for at, done in ((43, 43), (37, 40)):
+        (workdir / "summary.json").write_text(json.dumps({"status": "interrupted", "steps": at}))
+        assert read_run(workdir).notes == (f"{workdir} is interrupted: step {done} of 60.",)
     (workdir / "summary.json").unlink()
     assert read_run(workdir).notes == (f"{workdir} is unfinished: step 40 of 60.",)
 
