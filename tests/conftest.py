@@ -17,6 +17,7 @@ if version("jaxlib").startswith(
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}"
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -31,6 +32,14 @@ gc.set_threshold(200_000, 20, 50)
 def pytest_collection_modifyitems(items):
     """The longest file goes first: a worker takes it whole, and at the end the other would wait for it."""
     items.sort(key=lambda item: item.path.name != "test_eight_devices.py")
+
+
+@pytest.fixture
+def unhooked():
+    """Arguments come to the package's own checks, as they do for users: the import hook lets everything through."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

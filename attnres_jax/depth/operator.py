@@ -8,7 +8,7 @@ the sources themselves: keys are RMS-normalised, values are not, and there is no
 
 Statistics, logits and sums are float32 at highest precision even if the sources are bfloat16 (and float64 if they are).
 The backward passes are written by hand: they keep their inputs and per-token scalars, never a copy of the sources, and
-recompute the rest.
+recompute the rest. There is no forward mode (`jax.jvp`, `jax.linearize`) beside them.
 """
 
 import functools
@@ -17,7 +17,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
+
+from attnres_jax.arrays import FLOATS, expect
 
 HIGHEST = jax.lax.Precision.HIGHEST  # TPUs would multiply float32 in bfloat16 passes, GPUs in TF32
 READ_CHUNK = 4  # sources added to the running sums at a time: the sums are read and written once for all of them
@@ -48,6 +51,8 @@ def depth_attention(
 ) -> Float[Array, "*batch D"] | tuple[Float[Array, "*batch D"], Float[Array, "N *batch"]]:
     """Mixes `sources` with weights softmax_n(query . (key_scale * RMSNorm(source_n))) (eqs. 2-4).
 
+    Differentiable in reverse mode only.
+
     Args:
       sources: earlier outputs, in the model's dtype.
       query: the site's pseudo-query w. Zero gives the mean of the sources.
@@ -56,8 +61,10 @@ def depth_attention(
       return_weights: also return the float32 weights, which sum to one over N.
 
     Raises:
-      ValueError: if there are no sources.
+      ValueError: if there are no sources, or an argument is not of its shape or not of floats.
     """
+    expect(FLOATS, ("N", "*batch", "D"), {"sources": sources})
+    expect(FLOATS, sources.shape[-1:], {"query": query, "key_scale": query if key_scale is None else key_scale})
     if not len(sources):
         raise ValueError(f"sources of shape {sources.shape}: a site needs at least one")
     state = inter_block(sources, query[None], None if key_scale is None else key_scale[None], len(sources), eps=eps)
@@ -78,6 +85,8 @@ def inter_block(
 ) -> State:
     """Phase 1: what the S sites of a block take from the completed sources (Algorithm 1).
 
+    Differentiable in reverse mode only.
+
     Args:
       bank: sources; slots from `num_valid` on have no influence and may hold anything finite.
       queries: the pseudo-queries of the block's sites.
@@ -89,9 +98,13 @@ def inter_block(
       Unnormalised numerator [S, *batch, D], running maximum and denominator [S, *batch].
 
     Raises:
-      ValueError: if `num_valid`, where it is no traced array, is not from 1 to N.
+      ValueError: if `num_valid`, where it is no traced array, is not from 1 to N; if an argument is not of its shape
+        or not of floats.
     """
-    if isinstance(num_valid, int) and not 1 <= num_valid <= len(bank):
+    expect(FLOATS, ("N", "*batch", "D"), {"bank": bank})
+    expect(FLOATS, ("S", bank.shape[-1]), {"queries": queries})
+    expect(FLOATS, queries.shape, {"key_scales": queries if key_scales is None else key_scales})
+    if not isinstance(num_valid, jax.core.Tracer) and np.asarray(num_valid).item() not in range(1, len(bank) + 1):
         raise ValueError(f"num_valid={num_valid} of a bank of {len(bank)} sources must be from 1 to {len(bank)}")
     key_scales = jnp.ones_like(queries) if key_scales is None else key_scales
     logits = jnp.moveaxis(depth_logits(bank, queries, key_scales, eps), 0, 1)
@@ -109,20 +122,28 @@ def merge(
 ) -> Float[Array, "*batch D"]:
     """Phase 2: a site's share of the bank and its block's partial sum under one softmax (Algorithm 1, lines 8-13).
 
+    Differentiable in reverse mode only.
+
     Args:
       state: the site's part of `inter_block`.
       partial: the running sum of the site's own block; the result has its dtype.
       query: the site's pseudo-query.
       key_scale: its RMSNorm gain; None stands for ones.
       eps: added to the mean square of a source.
+
+    Raises:
+      ValueError: if an argument is not of its shape or not of floats.
     """
+    expect(FLOATS, ("*batch", "D"), {"partial": partial})
+    expect(FLOATS, partial.shape, {"state.numerator": state.numerator}, "; one site's part is state.site(i)")
+    expect(FLOATS, partial.shape[-1:], {"query": query, "key_scale": query if key_scale is None else key_scale})
     key_scale = jnp.ones_like(query) if key_scale is None else key_scale
     return merge_sources(state, (partial,), depth_logits(partial, query[None], key_scale[None], eps))
 
 
 @jax.custom_vjp
 def normalise(state: State) -> Float[Array, "*sites_batch D"]:
-    """Finishes the softmax of sites that read the bank alone; float32."""
+    """Finishes the softmax of sites that read the bank alone; float32. Differentiable in reverse mode only."""
     return state.numerator / state.denominator[..., None]
 
 

@@ -2,7 +2,8 @@
 
 A bank in the carry of an ordinary differentiated scan is saved once per block, which is quadratic in depth. But a bank
 is only ever appended to, so what block n read is a prefix of what the last block leaves behind. The backward pass here
-keeps the final bank alone, reads each block's prefix from it again, and adds up the bank's cotangent in place.
+keeps the final bank alone, reads each block's prefix from it again, and adds up the bank's cotangent in place. It is
+written by hand, so that there is no forward mode (`jax.jvp`).
 
 The newest source is beside the bank until the next block begins: no block reads what the last one leaves, so that it
 needs no slot, nor a cotangent of one. Only where a stack is run in parts the bank has room for all sources, and each is
@@ -171,7 +172,8 @@ def depth_scan(
     part: Part | None = None,
     sources: Float[Array, "M *batch D"] | None = None,
 ) -> tuple[PyTree, ...]:
-    """Runs all blocks of all segments. Differentiable in everything but `context`; of the bank, in its sources.
+    """Runs all blocks of all segments. Differentiable, in reverse mode only, in everything but `context`; of the bank,
+    in its sources.
 
     Args:
       rule: the depth rule.

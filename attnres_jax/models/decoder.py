@@ -9,6 +9,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.arrays import INTEGERS, expect
 from attnres_jax.config import ModelConfig, attention_kinds, head_dim, kda_heads, mlp_kinds
 from attnres_jax.depth import Rule, Segment, depth_scan, make_rule
 from attnres_jax.layers import (
@@ -60,7 +61,7 @@ class Decoder(nnx.Module):
           positions: for the rotary embedding. None: counted from 0 in every row.
 
         Raises:
-          ValueError: if the row is longer than the model's.
+          ValueError: if the tokens are no integers [B, T], or the row is longer than the model's.
         """
         return self.with_reports(tokens, segment_ids, positions)[0]
 
@@ -101,6 +102,7 @@ class Decoder(nnx.Module):
 
     def context(self, tokens, segment_ids=None, positions=None) -> Context:
         """What every sublayer sees beside its input."""
+        expect(INTEGERS, ("B", "T"), {"tokens": tokens})
         if tokens.shape[1] > self.config.max_length:
             raise ValueError(
                 f"a row of {tokens.shape[1]} tokens is longer than model.max_length={self.config.max_length}"

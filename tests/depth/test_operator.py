@@ -1,12 +1,14 @@
 """The operator against equations 2 to 4 in NumPy float64, and its forms against each other."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import worst
 
-from attnres_jax.depth import depth_attention, inter_block, merge, normalise
+from attnres_jax.depth import depth_attention, inter_block, merge, normalise, operator
 from attnres_jax.depth.operator import depth_logits, folded, logits_and_rms, logits_transpose
 from attnres_jax.depth.reference import plain_depth_attention
 from attnres_jax.depth.weighting import group_logits
@@ -99,7 +101,8 @@ def test_no_key_scale_stands_for_ones():
     )
 
 
-@pytest.mark.parametrize("num_valid", [-1, 0, 4])
+@pytest.mark.parametrize("num_valid", [-1, 0, 4, np.int64(5), jnp.int32(4)])
+@pytest.mark.usefixtures("unhooked")
 def test_a_bank_has_between_one_and_all_of_its_sources(num_valid):
     sources, queries, _, _ = draw(2, 3)
     with pytest.raises(ValueError, match=f"num_valid={num_valid} of a bank of 3 sources must be from 1 to 3"):
@@ -168,6 +171,51 @@ def test_queries_and_scales_kept_in_bfloat16_are_multiplied_in_float32(logits, g
 def test_a_site_without_sources_is_refused():
     with pytest.raises(ValueError, match="a site needs at least one"):
         depth_attention(jnp.zeros((0, 2, 24)), jnp.zeros(24))
+
+
+SOURCES, QUERY = jnp.zeros((3, 2, 24)), jnp.zeros(24)
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: depth_attention([*SOURCES], QUERY),
+            "sources must be [N, *batch, D] of floats, not a list; jnp.asarray makes an array of it",
+        ),
+        (lambda: depth_attention(QUERY, QUERY), "sources must be [N, *batch, D] of floats, not float32[24]"),
+        (lambda: depth_attention(SOURCES.astype(int), QUERY), "of floats, not int32[3, 2, 24]"),
+        (lambda: depth_attention(SOURCES, QUERY[:7]), "query must be [24] of floats, not float32[7]"),
+        (lambda: depth_attention(SOURCES, QUERY, QUERY[:1]), "key_scale must be [24] of floats, not float32[1]"),
+        (lambda: inter_block(SOURCES, QUERY, None, 3), "queries must be [S, 24] of floats, not float32[24]"),
+        (
+            lambda: inter_block(SOURCES, jnp.zeros((2, 24)), QUERY[None], 3),
+            "key_scales must be [2, 24] of floats, not float32[1, 24]",
+        ),
+        (
+            lambda: merge(inter_block(SOURCES, QUERY[None], None, 3), SOURCES[0], QUERY),
+            "state.numerator must be [2, 24] of floats, not float32[1, 2, 24]; one site's part is state.site(i)",
+        ),
+    ],
+)
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.usefixtures("unhooked")
+def test_misuse_is_one_line_that_names_the_argument_its_shape_and_the_right_one(call, message, traced):
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
+        jax.jit(call)() if traced else call()
+    assert "\n" not in str(error.value)
+
+
+def test_the_checks_leave_no_trace_in_a_program():
+    sources, queries, key_scales, newest = draw(2, 3)
+
+    def two_phases(n):
+        return merge(inter_block(sources, queries, key_scales, n).site(0), newest, queries[0], key_scales[0])
+
+    checked = str(jax.make_jaxpr(two_phases)(2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(operator, "expect", lambda *_: None)
+        assert str(jax.make_jaxpr(two_phases)(2)) == checked
 
 
 def test_extreme_logits_stay_finite():

@@ -221,3 +221,13 @@ def test_untied_head_and_head_dim_and_too_long_a_row():
     assert model.head is not None and model(TOKENS).shape == (2, 12, 61)
     with pytest.raises(ValueError, match="max_length=12"):
         model(jnp.zeros((1, 13), jnp.int32))
+
+
+@pytest.mark.parametrize(
+    "tokens, given",
+    [(jnp.arange(10), r"int32\[10\]"), ([[1, 2]], "a list; jnp.asarray"), (jnp.ones((1, 4)), r"float32\[1, 4\]")],
+)
+@pytest.mark.usefixtures("unhooked")
+def test_tokens_that_are_no_integers_b_t(tokens, given):
+    with pytest.raises(ValueError, match=rf"^tokens must be \[B, T\] of integers, not {given}"):
+        make("block", 4)(tokens)
