@@ -51,6 +51,9 @@ GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
 class Encoder(Protocol):
     """Text to ids and back."""
 
+    size: int
+    """One more than the largest id."""
+
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """The ids of a text, in which special tokens are recognised."""
 
@@ -81,8 +84,15 @@ class ModelTokenizer:
         return self.encoder.encode(text, add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
-        """The text of ids; bytes that are no UTF-8 give the replacement character."""
-        return self.encoder.decode([int(i) for i in ids], skip_special_tokens)
+        """The text of ids; bytes that are no UTF-8 give the replacement character.
+
+        Raises:
+          InteropError: for an id beyond the tokenizer's.
+        """
+        ids = [int(index) for index in ids]
+        if outside := [index for index in ids if not 0 <= index < self.encoder.size]:
+            raise InteropError(f"id {outside[0]} is none of the tokenizer's, which are 0 to {self.encoder.size - 1}")
+        return self.encoder.decode(ids, skip_special_tokens)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **more: Any) -> str:
         """Messages (`{"role": ..., "content": ...}`) as the text that the model was trained on.
@@ -136,6 +146,7 @@ class _FastEncoder:
             self.tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises Exception itself
             raise InteropError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
+        self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
@@ -167,6 +178,7 @@ class _KimiEncoder:
             )
         except (ValueError, KeyError) as error:
             raise InteropError(f"{path} is not a tokenizer: {error}") from None
+        self.size = self.encoding.n_vocab
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         return [
@@ -177,9 +189,6 @@ class _KimiEncoder:
         ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
-        size = self.encoding.n_vocab
-        if outside := [index for index in ids if not 0 <= index < size]:
-            raise InteropError(f"id {outside[0]} is none of the tokenizer's, which are 0 to {size - 1}")
         special = set(self.special.values()) if skip_special_tokens else ()
         return self.encoding.decode([index for index in ids if index not in special], errors="replace")
 

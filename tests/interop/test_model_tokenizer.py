@@ -75,13 +75,19 @@ def test_tiktoken_model(kimi):
     assert tokenizer.encode("<|reserved_token_300|>") == [300]
     assert tokenizer.decode([263, 259, 300], skip_special_tokens=True) == "hello"
     assert tokenizer.decode([0xE4]) == "\N{REPLACEMENT CHARACTER}"
-    for index in (519, -1, 1 << 40):
-        with pytest.raises(InteropError, match=rf"id {index} is none of the tokenizer's, which are 0 to 518"):
-            tokenizer.decode([259, index])
     assert tokenizer.stop_ids == (265, 264)
     assert tokenizer.chat(MESSAGES) == "<|im_user|>hi<|im_end|>\n<|im_assistant|>"
     text = "x" * (2 * MAX_RUN + 3) + " " * (MAX_RUN + 1) + "é\r\n"
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("kind, last", [("fast", 260), ("kimi", 518)])
+def test_ids_beyond_the_tokenizers(kind, last, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(kind))
+    assert tokenizer.decode([last])
+    for index in (last + 1, 10**6, -1, 1 << 40):
+        with pytest.raises(InteropError, match=rf"^id {index} is none of the tokenizer's, which are 0 to {last}$"):
+            tokenizer.decode([65, index])
 
 
 @pytest.mark.parametrize(
