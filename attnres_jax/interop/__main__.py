@@ -90,7 +90,10 @@ def _tokens(original: str, config) -> np.ndarray:
         text = Path(TEXT.value).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise InteropError(f"--text={TEXT.value} cannot be read: {error}") from None
-    ids = load_tokenizer(original).encode(text)[:length]
+    try:
+        ids = load_tokenizer(original).encode(text)[:length]
+    except InteropError as error:
+        raise InteropError(f"--text={TEXT.value}: {error}; without --text, random tokens are compared") from None
     if not ids or max(ids) >= config.vocab_size:
         raise InteropError(f"--text={TEXT.value} has no tokens, or one beyond the model's vocabulary")
     return np.array([ids], np.int32)

@@ -60,6 +60,10 @@ def test_inspect_convert_and_verify(tmp_path):
             "--residual=full: a checkpoint counts the layers of a block (attn_res_block_size), so it can be block "
             f"alone; in memory it is load_pretrained('{FIXTURES}/llama', residual='full')",
         ),
+        (
+            ("verify", FIXTURES / "llama", FIXTURES / "llama", "--text=README.md"),
+            "llama has neither tokenizer.json nor tiktoken.model; without --text, random tokens are compared",
+        ),
         (("export", "nowhere", "out"), "is not the workdir of a run"),
     ],
 )
