@@ -22,10 +22,14 @@ def read_config_json(directory: Path) -> tuple[Family, ModelConfig, dict[str, An
     """(family, model, the file itself).
 
     Raises:
-      InteropError: one line, for an unknown `model_type` or a setting that is missing or not supported.
+      InteropError: one line, for an unknown `model_type`, a setting that is missing or not supported, or a run.
     """
     path = directory / "config.json"
     values = read_json(path)
+    if {"model", "training"} <= values.keys():
+        raise InteropError(
+            f"{directory} is a run of train.py; export it first: python -m attnres_jax.interop export {directory} OUT"
+        )
     kind = values.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES or kind not in TABLES:
         raise InteropError(f"{path}: model_type={kind!r} is unknown; known: {', '.join(sorted(FAMILIES))}")

@@ -76,6 +76,8 @@ def test_one_line_and_exit_code_2(arguments, message):
 def test_a_trained_run_goes_out_and_comes_back_with_the_same_loss(rule, tmp_path, tmp_path_factory):
     config = load_config(f"{ROOT / 'configs/tiny.py'}:residual={rule}", small_overrides(tmp_path_factory, SETTINGS))
     train(config, tmp_path / "run")
+    error = run("inspect", tmp_path / "run", code=2)
+    assert f"{tmp_path}/run is a run of train.py; export it first: python -m attnres_jax.interop export" in error
     run("export", tmp_path / "run", tmp_path / "out")
     trained = run(f"--workdir={tmp_path / 'run'}", script=("eval.py",)).partition(": ")[2]
     exported = run(f"--workdir={tmp_path / 'run'}", f"--pretrained={tmp_path / 'out'}", script=("eval.py",))
