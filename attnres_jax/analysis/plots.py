@@ -209,11 +209,12 @@ def mixing_panels(matrices: Mapping[str, np.ndarray], *, columns: int = 5) -> Fi
 
     Args:
       matrices: by title, [sites, sources] as `Mixing.relative` holds them.
-      columns: panels in a row.
+      columns: panels in a row, at most.
     """
+    columns = min(columns, len(matrices))
     rows = -(-len(matrices) // columns)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(1.75 * columns + 0.8, 1.95 * rows))
+        figure = Figure(figsize=(1.75 * columns + 0.95, 1.95 * rows))
         panels = figure.subplots(rows, columns, squeeze=False)
         for axes in panels.flat:
             axes.set_axis_off()
@@ -225,7 +226,7 @@ def mixing_panels(matrices: Mapping[str, np.ndarray], *, columns: int = 5) -> Fi
             axes.set_xticks([])
             axes.set_yticks([])
         together = np.concatenate([np.ravel(matrix) for matrix in matrices.values()])
-        _colour_bar(figure, mesh, together, MIXING_UNIT)
+        _colour_bar(figure, mesh, together, MIXING_UNIT.replace(" (", "\n("))  # one row is too low for one line
     return figure
 
 

@@ -138,3 +138,13 @@ def test_panels_draw_every_matrix_on_one_scale():
         assert (mesh.norm.vmin, mesh.norm.vmax) == (-4, 4)
     bar = figure.axes[-1]
     assert bar.get_ylim() == (pytest.approx(np.nanmin(relative["signed"])), 4)
+
+
+def test_one_panel_is_as_wide_as_it_needs_and_its_colour_bar_is_whole():
+    figure = mixing_panels({"residual": np.tri(9)})
+    width, height = figure.get_size_inches() * figure.dpi
+    figure.draw_without_rendering()
+    (panel, bar) = figure.axes
+    assert panel.get_window_extent().width > width / 2
+    label = bar.yaxis.label.get_window_extent()
+    assert 0 <= label.y0 < label.y1 <= height and label.x1 <= width
