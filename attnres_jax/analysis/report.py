@@ -246,11 +246,12 @@ def _magnitude_pictures(arms: Sequence[Arm]) -> list[str]:
 
 def _diagnostics(arms: Sequence[Arm]) -> list[str]:
     """Of each arm the depth diagnostics of its first run that has them; nothing where none was measured."""
-    found = {arm.label: next((run for run in arm.runs if run.diagnostics), None) for arm in arms}
     pictures, spikes = [], []
-    for label, run in found.items():
+    for arm in arms:
+        run = next((run for run in arm.runs if run.diagnostics), None)
         if run is None:
             continue
+        label = arm.label if len(arm.runs) == 1 else f"{arm.label}, seed {run.config.seed}"
         for key, (title, unit, log, caption) in DIAGNOSTICS.items():
             if key not in run.diagnostics:
                 continue

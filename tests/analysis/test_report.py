@@ -203,7 +203,7 @@ def test_diagnostics_of_a_run_become_maps_over_training(write, real_run, make_ru
 
 
 def test_spikes_and_a_rule_without_weights_are_told(write, make_run):
-    workdir = make_run("a")
+    workdir, other = make_run("a", seed=3), make_run("b", seed=1)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         if row["kind"] == "train" and row["step"] % 20 == 0:
@@ -213,6 +213,9 @@ def test_spikes_and_a_rule_without_weights_are_told(write, make_run):
     page = write(workdir)
     assert "over 10 times the median output: tiny_residual: at step 40." in page.text
     assert sum(tag["alt"].startswith("Map of the ") for name, tag in page.tags if name == "img") == 2
+    # Of two seeds, of which one was measured, it is said which is shown.
+    page = write(workdir, other)
+    assert "tiny_residual, seed 3: at step 40." in page.text and "tiny_residual, seed 3: output magnitude" in page.text
 
 
 def test_report_that_cannot_be_written_is_one_line(make_run, tmp_path):
