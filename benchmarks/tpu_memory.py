@@ -7,8 +7,8 @@
 
 No TPU is needed: libtpu compiles for the topologies named and reports the memory of a device. The baseline keeps the
 input of every block and recomputes the rest (`--remat=full`), as the other arms do; `+ [B,T,D]` is what an arm needs
-beyond it, in activations of the model's dtype, beside the bound of N + 4. Temporary bytes are what the compiler sets aside,
-with the holes that its packing leaves; alive is what of it is in use at the peak, without them. Arrays that it puts into the
+beyond it, in activations of the model's dtype, beside the bound of N + 4. Temporary bytes are what the compiler sets
+aside, with the holes that its packing leaves; alive is what is in use of them at the peak. Arrays that it puts into the
 chip's own memory are in neither. What they are, XLA writes down by itself: `XLA_FLAGS="--xla_dump_to=DIR
 --xla_dump_hlo_as_text"`, files `*live-range.txt` and `*buffer-assignment.txt`.
 """

@@ -17,7 +17,6 @@ import numpy as np
 from absl import flags
 
 from attnres_jax.cli import launch
-from attnres_jax.depth import RULES
 from attnres_jax.interop.convert import convert, load_pair, verify
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.pretrained import save_pretrained
@@ -58,11 +57,6 @@ def _inspect(model: str) -> None:
 
 
 def _convert(model: str, directory: str) -> None:
-    if RESIDUAL.value in RULES and RESIDUAL.value != "block":
-        raise InteropError(
-            f"--residual={RESIDUAL.value}: a checkpoint counts the layers of a block (attn_res_block_size), so it "
-            f"can be block alone; in memory it is load_pretrained({model!r}, residual={RESIDUAL.value!r})"
-        )
     convert(
         model,
         directory,

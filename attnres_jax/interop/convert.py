@@ -62,7 +62,10 @@ def convert(
     if config.depth.rule != "residual":
         raise InteropError(f"{directory} is an AttnRes model already: attn_res_block_size is not null")
     if residual != "block":
-        raise InteropError(f"residual={residual!r} is no rule to convert into; known: block")
+        raise InteropError(
+            f"residual={residual!r}: a checkpoint counts the layers of a block (attn_res_block_size), so it can be "
+            "'block' alone; in memory, load_pretrained(directory, residual=...) takes any rule"
+        )
     if not 0 <= layers_per_block <= config.num_layers:
         raise InteropError(
             f"layers_per_block={layers_per_block} is not one of 1 to {config.num_layers}, or 0 for about eight blocks; "

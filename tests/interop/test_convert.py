@@ -103,8 +103,8 @@ def test_models_that_are_not_the_same(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"residual": "full"}, "residual='full' is no rule to convert into; known: block"),
-        ({"residual": "residual"}, "residual='residual' is no rule to convert into; known: block"),
+        ({"residual": "full"}, "residual='full': a checkpoint counts the layers of a block"),
+        ({"residual": "residual"}, "residual='residual': a checkpoint counts the layers of a block"),
         (
             {"layers_per_block": 100},
             "layers_per_block=100 is not one of 1 to 3, or 0 for about eight blocks; nearest: lay",
