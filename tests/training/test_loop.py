@@ -4,10 +4,15 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import pytest
-from training_runs import history
+from flax import nnx
+from training_runs import SETTINGS, history
 
 from attnres_jax.config import read_config
+from attnres_jax.data import load_text, train_iterator
+from attnres_jax.evaluation.perplexity import evaluate
+from attnres_jax.models import Decoder
 from attnres_jax.training import ChangedTextError, NonFiniteError, train
 from attnres_jax.training.records import read_rows, read_summary
 
@@ -36,6 +41,17 @@ def test_a_run_leaves_its_records(finished_run, config):
     assert training[-1]["flops"] == summary["flops_per_token"] * 5120
     assert read_config(finished_run / "config.json") == config
     assert list((finished_run / "tensorboard").iterdir())
+
+
+def test_the_seed_draws_the_parameters_and_the_order_of_the_text(finished_run, config):
+    """The first loss is that of the first batch, by the model as both are drawn from the seed."""
+    seed, text = SETTINGS["seed"], load_text(config.data, config.model.vocab_size)
+    first = read_rows(finished_run / "metrics.jsonl")[0]["loss"]
+    for seeds, same in (((seed, seed), True), ((0, seed), False), ((seed, 0), False)):
+        model = jax.jit(lambda key: Decoder(config.model, rngs=nnx.Rngs(key)))(jax.random.key(seeds[0]))
+        batch = next(train_iterator(text, config.data, seed=seeds[1]))
+        loss = evaluate(model, [batch], text.token_bytes).loss
+        assert (abs(loss - first) < 1e-5) == same, seeds
 
 
 def test_a_stopped_run_goes_on_bitwise(stopped_run, finished_run, config):

@@ -143,7 +143,7 @@ def test_exit_code_and_line_of_another_config(stopped_run, overrides):
     code, _, err = Run(stopped_run, [*overrides, "seed=1"]).finish()
     assert code == 2
     (line,) = err.splitlines()
-    assert "seed=0 there, 1 asked" in line
+    assert "seed=3 there, 1 asked" in line
 
 
 def test_eval_prints_the_loss_of_a_checkpoint(finished_run, stopped_run):

@@ -10,6 +10,7 @@ from small_runs import ROOT
 from attnres_jax.training.records import read_rows
 
 SETTINGS = {
+    "seed": 3,
     "optimizer.warmup_steps": 4,
     "training.steps": 40,
     "training.eval_every": 10,
