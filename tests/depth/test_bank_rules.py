@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from numerics import worst
-from toy_stacks import SUBLAYERS, draw, plain, scanned
+from toy_stacks import SUBLAYERS, WIDTH, draw, plain, scanned
 
 from attnres_jax.depth import Residual
 from attnres_jax.depth.delta import Delta
 from attnres_jax.depth.delta_block import DeltaBlock
 from attnres_jax.depth.denseformer import DenseFormer
+from attnres_jax.depth.muddformer import MUDDFormer
 from attnres_jax.depth.operator import unit_rms
 from attnres_jax.depth.reference import unit_rms as plain_unit_rms
 from attnres_jax.depth.rms_block import RMSBlock
@@ -22,6 +23,18 @@ def test_denseformer_starts_as_the_residual_sum():
         stacks, sites, embedding, context = draw(rule, perturb=0)
         residual = plain(Residual(2, 1e-6), context, stacks, None, embedding)
         assert worst(plain(rule, context, stacks, sites, embedding).inputs, residual.inputs) < 1e-13
+
+
+def test_muddformer_weights_are_the_papers():
+    """One token, in numpy: GELU(norm(x) W1) W2 + a, GELU by its tanh."""
+    with jax.enable_x64(True):
+        rule = MUDDFormer(2, 1e-2)
+        _, sites, _, _ = draw(rule)
+        state = np.random.default_rng(7).normal(size=WIDTH)
+        hidden, out, static = (np.asarray(getattr(sites, name)[...])[3] for name in ("hidden", "out", "weight"))
+        x = state / np.sqrt((state**2).mean() + 1e-2) @ hidden
+        expected = x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3))) @ out + static
+        np.testing.assert_allclose(rule.weights(sites, 3, jnp.asarray(state)), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("kind", [Delta, DeltaBlock])

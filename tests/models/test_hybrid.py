@@ -61,6 +61,15 @@ def model(request):
     return make(*request.param)
 
 
+def test_layers_and_experts_are_drawn_independently(model):
+    """No two of all layers' and experts' kernels are equal."""
+    leaves = jax.tree_util.tree_leaves_with_path(model.sublayers)
+    stacks = [np.asarray(leaf) for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path)]
+    assert any(stack.ndim == 4 for stack in stacks)
+    kernels = [kernel.tobytes() for stack in stacks for kernel in stack.reshape(-1, *stack.shape[-2:])]
+    assert len(set(kernels)) == len(kernels)
+
+
 @pytest.fixture(scope="module")
 def passes(model):
     def scanned(model):
