@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import worst
+from numerics import HIGHEST, precisions, worst
 
 from attnres_jax.depth import depth_attention, inter_block, merge, normalise, operator
 from attnres_jax.depth.operator import depth_logits, folded, logits_and_rms, logits_transpose
@@ -135,6 +135,10 @@ def test_logits_are_unscaled_and_float32_for_bfloat16_sources():
     expected = values @ np.asarray(queries[0] * key_scales[0], np.float64) / rms
     np.testing.assert_allclose(logits[0], expected, rtol=1e-5, atol=1e-5)
     assert depth_attention(low, queries[0], key_scales[0]).dtype == jnp.bfloat16
+    for form, given in ((depth_logits, low), (group_logits, low.reshape(*low.shape[:-1], 2, -1))):
+        total = lambda *given, form=form: form(*given, 1e-6).sum()  # noqa: E731
+        program = jax.make_jaxpr(jax.value_and_grad(total, argnums=(0, 1)))(given, queries, key_scales)
+        assert precisions(program) == {HIGHEST}
 
 
 def test_the_backward_pass_of_logits_from_what_they_returned():

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from numerics import worst
+from numerics import HIGHEST, equations, precisions, worst
 
 from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step, delta_tiles
 from attnres_jax.layers.delta_algebra import Plan
@@ -264,19 +264,15 @@ def test_no_array_of_the_program_has_a_decay_for_every_pair_of_a_chunk():
     """No value of either pass, within loops too, is as large as [C, C, K] for each chunk and head in hand."""
     inputs = [jnp.asarray(x, jnp.float32) for x in example(128, batch=1, heads=1, keys=32, values=32)]
     form = lambda *x: delta_rule_chunkwise(*x, group=1)  # noqa: E731
-    jaxpr = jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs)
-    largest = max(np.prod(shape) for shape in shapes_in(jaxpr.jaxpr))
+    program = equations(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs))
+    largest = max(np.prod(out.aval.shape) for each in program for out in each.outvars)
     assert 64 * 64 < largest <= 64 * 64 * 32 / 4
 
 
-def shapes_in(jaxpr):
-    """Of all values, within the programs that an operation calls too."""
-    for equation in jaxpr.eqns:
-        yield from (out.aval.shape for out in equation.outvars)
-        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from shapes_in(inner)
+@pytest.mark.parametrize("form", [delta_rule_recurrence, delta_rule_chunkwise])
+def test_float32_is_multiplied_at_highest_precision(form):
+    inputs = [jnp.asarray(x, jnp.float32) for x in example(128)]
+    assert precisions(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs)) == {HIGHEST}
 
 
 def test_a_chunk_that_is_no_power_of_two_is_refused():

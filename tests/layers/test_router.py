@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from numerics import HIGHEST, precisions
 
 from attnres_jax.layers.router import (
     max_violation,
@@ -80,6 +81,8 @@ def test_logits_are_float32_of_any_input():
     assert logits.dtype == jnp.float32
     expected = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(kernel, np.float64)
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda *given: router_logits(*given).sum(), argnums=(0, 1))
+    assert precisions(jax.make_jaxpr(gradient)(x.astype(jnp.bfloat16), kernel)) == {HIGHEST}
 
 
 @pytest.mark.parametrize("biased_weights", [False, True])

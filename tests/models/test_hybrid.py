@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from numerics import worst
+from numerics import equations, worst
 
 from attnres_jax import ModelConfig, build_model
 from attnres_jax.config import DepthConfig, KDAConfig, MLAConfig, MoEConfig, RopeScalingConfig
@@ -122,6 +122,24 @@ def test_zero_queries_are_the_residual_baseline():
         for rule, size in (("residual", 4), ("block", 4), ("full", 2))
     ]
     assert worst(logits[1], logits[0]) < 1e-5 and worst(logits[2], logits[0]) < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["gqa", "mla", "kda"])
+def test_a_half_precision_model_takes_statistics_gates_scores_and_logits_in_float32(attention):
+    mla = dataclasses.replace(TINY.mla, query_rank=8, rotary=True)
+    moe = dataclasses.replace(TINY.moe, latent_width=8)
+    changes = {"attention_layers": attention, "num_kv_heads": 1, "mla": mla, "moe": moe, "activation": "situ"}
+    config = dataclasses.replace(TINY, dtype="bfloat16", **changes)
+    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    program = list(equations(jax.make_jaxpr(lambda model, tokens: model(tokens))(model, TOKENS)))
+    narrow = [each for each in program if each.invars and each.invars[0].aval.dtype == jnp.bfloat16]
+    inexact = {"exp", "log", "log1p", "logistic", "tanh", "rsqrt", "sqrt", "div", "reduce_sum", "reduce_max"}
+    assert not {each.primitive.name for each in narrow} & inexact
+    products = [each.outvars[0].aval for each in narrow if each.primitive.name == "dot_general"]
+    wanted = {"logits": lambda shape: shape[-1] == 61, "scores": lambda shape: shape.count(20) == 2}
+    for name, is_one in wanted.items():
+        dtypes = {out.dtype for out in products if is_one(out.shape)}
+        assert dtypes == (set() if (name, attention) == ("scores", "kda") else {jnp.dtype("float32")}), name
 
 
 def test_a_model_without_experts_has_no_reports():
