@@ -11,7 +11,10 @@ from numerics import equations, worst
 
 from attnres_jax import ModelConfig, build_model
 from attnres_jax.config import DepthConfig, KDAConfig, MLAConfig, MoEConfig, RopeScalingConfig
+from attnres_jax.layers import Llama3Scaling, YarnScaling
+from attnres_jax.layers.rotary import rotary_tables
 from attnres_jax.models import unrolled
+from attnres_jax.models.decoder import rope_scaling
 from attnres_jax.models.plan import cut, slots_of
 
 TINY = ModelConfig(
@@ -46,13 +49,71 @@ def objective(logits, reports):
     return (jax.nn.log_softmax(logits)[..., 3] ** 2).mean() + 0.1 * reports.balance_loss.sum() + reports.z_loss.mean()
 
 
+def shapes_of(**changes):
+    return nnx.eval_shape(lambda: build_model(dataclasses.replace(TINY, **changes), rngs=nnx.Rngs(0)))
+
+
+def changed(group, values):
+    """A group of settings, every one of which is another than the default."""
+    plain = vars(group())
+    assert set(values) == set(plain) and all(values[key] != plain[key] for key in plain)
+    return group(**values)
+
+
+def test_every_setting_reaches_its_layer():
+    """All other than the defaults, and different from each other."""
+    mla = {"latent_dim": 10, "nope_dim": 6, "rope_dim": 4, "value_dim": 14, "query_rank": 5, "latent_eps": 3e-5}
+    mla |= {"rotary": True, "rotary_interleaved": True, "output_gate": True}
+    kda = {"num_heads": 3, "head_dim": 8, "conv_size": 5, "gate_lower_bound": -2.0, "full_rank_gate": True}
+    moe = {"num_experts": 6, "experts_per_token": 3, "expert_width": 7, "num_shared": 2, "shared_width": 9}
+    moe |= {"router_activation": "softmax", "renormalise": False, "scaling": 1.5, "num_groups": 3, "top_groups": 2}
+    moe |= {"correction_bias": False, "biased_weights": True, "latent_width": 11, "latent_norm": False}
+    kernels = {"experts": "ragged", "expert_exchange": "routed", "expert_capacity": 2.0, "attention": "xla"}
+    groups = {"mla": changed(MLAConfig, mla), "kda": changed(KDAConfig, kda), "moe": changed(MoEConfig, moe)}
+    layers = shapes_of(**groups, **kernels, activation="situ").sublayers
+
+    layer, out = layers["mla"], layers["mla"].out.kernel.shape[-2]
+    found = {key: getattr(layer, key) for key in ("latent_dim", "nope_dim", "rope_dim", "rotary", "rotary_interleaved")}
+    found |= {"value_dim": out / 2, "query_rank": layer.query_down.kernel.shape[-1]}
+    found |= {"latent_eps": layer.latent_norm.eps, "output_gate": layer.gate is not None}
+    assert found == mla and layer.query_norm.eps == 3e-5 and layer.implementation == "xla"
+
+    layer = layers["kda"]
+    found = {key: getattr(layer, key) for key in ("num_heads", "head_dim", "gate_lower_bound")}
+    found |= {"conv_size": layer.query_conv.taps.shape[-2], "full_rank_gate": layer.gate is not None}
+    assert found == kda
+
+    layer, shared = layers["moe"], layers["moe"].shared.gate.kernel.shape[-1]
+    same = ("experts_per_token", "router_activation", "renormalise", "scaling", "num_groups", "top_groups")
+    found = {key: getattr(layer, key) for key in (*same, "biased_weights")}
+    found |= {"num_experts": layer.router.kernel.shape[-1], "expert_width": layer.gate.kernel.shape[-1]}
+    found |= {"num_shared": shared / 9, "shared_width": shared / 2, "latent_width": layer.latent_down.kernel.shape[-1]}
+    found |= {key: getattr(layer, key) is not None for key in ("correction_bias", "latent_norm")}
+    assert found == moe
+    assert (layer.implementation, layer.exchange, layer.capacity) == ("ragged", "routed", 2.0)
+    assert layer.activation == layers["swiglu"].activation == layer.shared.activation == "situ"
+
+
+def test_every_setting_of_rope_scaling_reaches_the_rotation():
+    longer = {"factor": 3.0, "original_length": 512}
+    llama3 = {"low_frequency_factor": 1.5, "high_frequency_factor": 5.0}
+    yarn = {"beta_fast": 20.0, "beta_slow": 2.0, "mscale": 0.7, "mscale_all_dim": 0.6}
+    scaling = changed(RopeScalingConfig, {"kind": "yarn", **longer, **llama3, **yarn})
+    mla = dataclasses.replace(TINY.mla, rope_dim=16, rotary=True)
+    for kind, expected in (("llama3", Llama3Scaling(**longer, **llama3)), ("yarn", YarnScaling(**longer, **yarn))):
+        model = shapes_of(mla=mla, rope_theta=700.0, rope_scaling=dataclasses.replace(scaling, kind=kind))
+        assert rope_scaling(model.config) == expected
+        context, positions = model.context(TOKENS), jnp.tile(jnp.arange(20), (2, 1))
+        cos, sin = rotary_tables(positions, 16, 700.0, expected)
+        assert worst((context.cos, context.sin), (cos, sin)) == 0
+
+
 def test_yarn_is_for_attention_that_rotates():
     """Else a `rope_scaling` that no layer reads would change what the model computes."""
     scaling = RopeScalingConfig(kind="yarn", factor=40.0, mscale_all_dim=1.0)
     for rotary, expected in ((False, 1), (True, (0.1 * np.log(40) + 1) ** 2)):
         mla = dataclasses.replace(TINY.mla, rotary=rotary)
-        config = dataclasses.replace(TINY, mla=mla, rope_scaling=scaling)
-        layer = nnx.eval_shape(lambda config=config: build_model(config, rngs=nnx.Rngs(0))).sublayers["mla"]
+        layer = shapes_of(mla=mla, rope_scaling=scaling).sublayers["mla"]
         assert layer.scale == pytest.approx(expected * 12**-0.5)
 
 
@@ -64,7 +125,8 @@ def model(request):
 def test_layers_and_experts_are_drawn_independently(model):
     """No two of all layers' and experts' kernels are equal."""
     leaves = jax.tree_util.tree_leaves_with_path(model.sublayers)
-    stacks = [np.asarray(leaf) for path, leaf in leaves if "kernel" in jax.tree_util.keystr(path)]
+    drawn = [leaf for path, leaf in leaves if {"kernel", "taps"} & {getattr(key, "name", None) for key in path}]
+    stacks = [np.asarray(leaf) for leaf in drawn]
     assert any(stack.ndim == 4 for stack in stacks)
     kernels = [kernel.tobytes() for stack in stacks for kernel in stack.reshape(-1, *stack.shape[-2:])]
     assert len(set(kernels)) == len(kernels)
@@ -129,8 +191,7 @@ def test_a_half_precision_model_takes_statistics_gates_scores_and_logits_in_floa
     mla = dataclasses.replace(TINY.mla, query_rank=8, rotary=True)
     moe = dataclasses.replace(TINY.moe, latent_width=8)
     changes = {"attention_layers": attention, "num_kv_heads": 1, "mla": mla, "moe": moe, "activation": "situ"}
-    config = dataclasses.replace(TINY, dtype="bfloat16", **changes)
-    model = nnx.eval_shape(lambda: build_model(config, rngs=nnx.Rngs(0)))
+    model = shapes_of(dtype="bfloat16", **changes)
     program = list(equations(jax.make_jaxpr(lambda model, tokens: model(tokens))(model, TOKENS)))
     narrow = [each for each in program if each.invars and each.invars[0].aval.dtype == jnp.bfloat16]
     inexact = {"exp", "log", "log1p", "logistic", "tanh", "rsqrt", "sqrt", "div", "reduce_sum", "reduce_max"}
