@@ -278,7 +278,7 @@ def test_help_is_the_docstring_and_the_projects_own_flags():
         (["train.py", f"--config={TINY}", "--workdr=w"], "Did you mean: workdir"),
         (["eval.py", "--workdir=w"], "not the workdir of a run"),
         (["eval.py", "--workdir=w", "--step=3", "--pretrained=d"], "--step=3 is a checkpoint of the run"),
-        (["compare.py", "w"], "w"),
+        (["compare.py", "w"], "workdir 'w' does not exist"),
         (["compare.py", "w", "--config.seed=1"], "--config.seed=1 is not understood"),
     ],
 )

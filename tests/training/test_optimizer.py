@@ -82,7 +82,7 @@ def test_gradients_are_clipped_by_their_global_norm():
 
 def test_updates_are_adamw():
     """Two steps against the equations of Loshchilov and Hutter (2019), in float64."""
-    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, clip_norm=1e9)
+    config = OptimizerConfig(learning_rate=0.01, weight_decay=0.1, clip_norm=1e9, beta1=0.7, beta2=0.8, eps=0.3)
     optimizer = make_optimizer(config, optax.constant_schedule(config.learning_rate))
     draw = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)}
@@ -92,8 +92,8 @@ def test_updates_are_adamw():
     for step in (1, 2):
         gradients = {"kernel": jnp.asarray(draw.normal(size=(3, 4)), jnp.float32)}
         g = np.asarray(gradients["kernel"], np.float64)
-        m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g**2
-        w = w - 0.01 * ((m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8) + 0.1 * w)
+        m, v = 0.7 * m + 0.3 * g, 0.8 * v + 0.2 * g**2
+        w = w - 0.01 * ((m / (1 - 0.7**step)) / (np.sqrt(v / (1 - 0.8**step)) + 0.3) + 0.1 * w)
         updates, state = optimizer.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     np.testing.assert_allclose(params["kernel"], w, rtol=1e-5)
