@@ -15,6 +15,10 @@ from attnres_jax.config import DepthConfig
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 CASES = ("llama", "qwen3", "qwen3_moe", "deepseek_v3", "moonlight", "kimi_linear")
+COMPANIONS = {
+    *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model", "tiktoken.model", "chat_template.jinja"),
+}
 TINY = ModelConfig(
     vocab_size=40,
     width=16,

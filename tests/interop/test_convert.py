@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoints import CASES, FIXTURES, copy, drawn, rewrite, same_bytes, tensors
+from checkpoints import CASES, COMPANIONS, FIXTURES, copy, drawn, rewrite, same_bytes, tensors
 from numerics import worst
 
 from attnres_jax.interop import InteropError, convert, load_pretrained, save_pretrained, verify
@@ -71,11 +71,14 @@ def test_of_several_files_and_in_bfloat16(tmp_path):
 
     model = load_pretrained(FIXTURES / "qwen3")
     save_pretrained(model, tmp_path / "in", dtype="bfloat16", max_shard_bytes=20_000)
-    (tmp_path / "in" / "tokenizer.json").write_text("{}")
+    for name in (*COMPANIONS, "modeling.py"):
+        (tmp_path / "in" / name).write_text(name)
     convert(tmp_path / "in", tmp_path / "out")
     held = tensors(tmp_path / "out")
     assert {x.dtype for x in held.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    assert (tmp_path / "out" / "tokenizer.json").exists()
+    others = {path for path in (tmp_path / "out").iterdir() if "safetensors" not in path.name}
+    assert {path.name for path in others} == COMPANIONS | {"config.json"}
+    assert all(path.read_text() == path.name for path in others if path.name != "config.json")
     files = set(json.loads((tmp_path / "out/model.safetensors.index.json").read_text())["weight_map"].values())
     assert "model-attention-residuals.safetensors" in files and len(files) > 2
     assert verify(load_pretrained(tmp_path / "in"), load_pretrained(tmp_path / "out"), *batch("qwen3")).same

@@ -10,7 +10,19 @@ import sys
 import jax
 import numpy as np
 import pytest
-from checkpoints import CASES, FIXTURES, TINY, copy, drawn, edit_config, rewrite, same_bytes, tensors, tokens
+from checkpoints import (
+    CASES,
+    COMPANIONS,
+    FIXTURES,
+    TINY,
+    copy,
+    drawn,
+    edit_config,
+    rewrite,
+    same_bytes,
+    tensors,
+    tokens,
+)
 from numerics import worst
 
 from attnres_jax.config import DepthConfig
@@ -366,7 +378,8 @@ def test_a_repository_is_fetched_without_code(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert load_pretrained("owner/name").config.num_layers == 3
     name, patterns = asked[0]
-    assert name == "owner/name" and not any(".py" in p or ".bin" in p or p == "*" for p in patterns)
+    assert name == "owner/name"
+    assert {*patterns} == {"config.json", "*.safetensors", "*.safetensors.index.json", *COMPANIONS}
     assert "cannot be fetched from the hub: no such repository" in refused("owner/nowhere")
 
 

@@ -136,6 +136,22 @@ def test_the_first_axes_cross_hosts():
         assert (host[:, 0] == host[:, 1]).all() and len(np.unique(host[:, ::2])) == 4
 
 
+@dataclasses.dataclass(frozen=True)
+class FakeChip(FakeDevice):
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+
+
+def test_chips_of_one_slice_are_laid_out_by_their_torus_whatever_their_hosts():
+    """A slice of 4 x 4 chips, 2 x 2 of them on a host: an axis of four is a ring through two hosts, and no host."""
+    chips = [FakeChip(4 * x + y, x // 2 * 2 + y // 2, 0, "tpu", "fake", (x, y, 0)) for x in range(4) for y in range(4)]
+    array = device_array({**dict.fromkeys(AXES, 1), "fsdp": 4, "tensor": 4}, chips).reshape(4, 4)
+    for lines in (array, array.T):
+        for line in lines:
+            assert sorted(len({chip.coords[axis] for chip in line}) for axis in (0, 1)) == [1, 4]
+            assert len({chip.process_index for chip in line}) == 2
+
+
 def test_what_does_not_divide_stays_whole():
     sizes = {"data": 2, "fsdp": 2, "context": 2, "tensor": 2}
     assert partition((8, 8, 5), ("batch", "sequence", None), sizes, TABLE) == P(
