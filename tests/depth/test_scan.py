@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy_stacks
-from numerics import worst
+from numerics import HIGHEST, equations, worst
 from toy_stacks import WIDTH, call, value_and_gradients
 
 from attnres_jax.depth import Segment, depth_scan, make_rule
@@ -81,6 +81,23 @@ def test_parameters_and_bank_are_not_saved_per_block():
     assert shapes.count(bank) <= 2  # the final bank, for the blocks and for the readout
     assert shapes.count(weights) <= 2  # the two stacks themselves
     assert not any(shape[1:] == bank for shape in shapes)
+
+
+@pytest.mark.parametrize("name, again", [("residual", 1), ("full", 0)])
+def test_remat_policies_keep_less_and_less_and_nothing_in_the_bank_is_computed_again(name, again):
+    """Of two sublayers of a block the first is multiplied again, unless its output is a source by itself."""
+    rule, kept, products = make_rule(name, 2, 1e-6), [], []
+    stacks, sites, embedding, context = draw(rule, jnp.float32)
+    for remat in ("none", "dots", "full"):
+        form = functools.partial(scanned, rule, context, remat)
+        pullback = jax.eval_shape(lambda *own, form=form: jax.vjp(form, *own)[1], stacks, sites, embedding)
+        kept.append(sum(leaf.size for leaf in jax.tree.leaves(pullback)))
+        gradient = jax.grad(lambda *own, form=form: form(*own)[0].sum(), argnums=(0, 1, 2))
+        program = equations(jax.make_jaxpr(gradient)(stacks, sites, embedding))
+        of_sublayers = [each for each in program if each.params.get("precision", HIGHEST) is None]
+        products.append(len(of_sublayers))
+    assert kept[0] > kept[1] > kept[2]
+    assert products == [6, 6, 6 + again]
 
 
 def test_shared_parameters_are_refused():
