@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnres_jax.layers import GroupedQueryAttention, Llama3Scaling, RMSNorm, SwiGLU, YarnScaling, make_context
+from attnres_jax.layers import (
+    Embedding,
+    GroupedQueryAttention,
+    Llama3Scaling,
+    RMSNorm,
+    SwiGLU,
+    YarnScaling,
+    make_context,
+)
 from attnres_jax.layers.linear import Linear
 from attnres_jax.layers.rotary import rotary_tables, rotate
 
@@ -132,6 +140,21 @@ def test_scaled_frequencies(scaling, by_hand, theta, amplitude):
     np.testing.assert_allclose((kept, divided), (1, scaling.factor), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "theta, length, ramp",
+    [
+        (10000.0, 64, (0, 17)),  # and not from -8: the fastest is kept
+        (5.0, 332, (19, 127)),  # and not to 158, which the head has not
+        (10000.0, 4, (0, 1e-3)),  # to -3: all but the fastest are divided
+        (10.0, 40960, (63, 64)),  # from 147: none is
+    ],
+)
+def test_the_ramp_of_yarn_stays_within_the_head(theta, length, ramp):
+    cos, sin = rotary_tables(jnp.array([[1]]), 128, theta, YarnScaling(4.0, length))
+    frequencies, divided = theta ** (-np.arange(64) / 64), np.interp(np.arange(64), ramp, (0, 1))
+    np.testing.assert_allclose(np.arctan2(sin, cos)[0, 0, 0], frequencies * (1 - divided * 3 / 4), rtol=1e-5)
+
+
 def test_softmax_multiplier_of_yarn():
     assert YarnScaling(40.0, mscale=1.0, mscale_all_dim=1.0).softmax_multiplier == (0.1 * np.log(40) + 1) ** 2
     assert YarnScaling(40.0).softmax_multiplier == YarnScaling(1.0, mscale_all_dim=1.0).softmax_multiplier == 1
@@ -156,6 +179,11 @@ def test_mlp_and_norm():
     np.testing.assert_allclose(layer(h, None), expected, rtol=0, atol=3e-6)
     norm = RMSNorm(8, 1e-6, "bfloat16")
     assert norm(h).dtype == jnp.bfloat16
+
+
+def test_embeddings_have_a_standard_deviation_of_a_fiftieth():
+    table = Embedding(512, 64, "float32", rngs=nnx.Rngs(0)).table[...]
+    assert abs(float(table.std()) - 0.02) < 4e-4 and abs(float(table.mean())) < 4e-4
 
 
 def test_linear_maps_keep_the_variance_of_their_input():
