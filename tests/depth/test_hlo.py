@@ -133,6 +133,12 @@ def copies(text: str) -> int:
     return sum(count >= SLOTS for shape in instructions for _, count in activations(shape))
 
 
+def stacked(text: str) -> int:
+    """Instructions that put several activations together."""
+    shapes = re.findall(r"= (\S+) concatenate\(", text)
+    return sum(count > 1 for shape in shapes for _, count in activations(shape))
+
+
 @pytest.mark.parametrize("remat", ["none", "full"])
 def test_no_array_holds_more_than_one_bank(remat):
     """A copy of the sources a site, a block or a sublayer would be [S, N+1, B, T, D] or the like."""
@@ -140,14 +146,15 @@ def test_no_array_holds_more_than_one_bank(remat):
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
-def test_no_loop_copies_the_bank(remat):
-    assert copies(optimised(Decoder, "float32", remat)) == 0
+def test_no_loop_copies_the_bank_and_no_site_stacks_sources(remat):
+    text = optimised(Decoder, "float32", remat)
+    assert copies(text) == stacked(text) == 0
 
 
 def test_sources_stacked_at_every_site_would_be_seen():
     text = optimised(RestackedDecoder, "float32", "none")
     assert max(count for _, count in activations(text)) >= (BLOCKS - 1) * SLOTS  # kept for every block
-    assert copies(text) > 0
+    assert copies(text) > 0 and stacked(text) > 0
 
 
 @pytest.mark.parametrize("remat", ["none", "full"])
