@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from small_runs import ROOT
 from training_runs import SETTINGS, command, environment, history
 
@@ -81,15 +80,7 @@ def mtime(path: Path) -> int:
         return 0
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(overrides, tmp_path_factory) -> Path:
-    run = Run(tmp_path_factory.mktemp("processes") / "uninterrupted", overrides)
-    code, _, err = run.finish()
-    assert code == 0, err
-    return run.workdir
-
-
-def test_killed_at_five_random_points_one_of_them_inside_a_save(uninterrupted, overrides, tmp_path):
+def test_killed_at_five_random_points_one_of_them_inside_a_save(finished_run, overrides, tmp_path):
     run = Run(tmp_path / "killed", overrides)
     draw = random.Random(20)
     points = sorted(draw.sample(range(2, STEPS - 4), 4))
@@ -108,12 +99,12 @@ def test_killed_at_five_random_points_one_of_them_inside_a_save(uninterrupted, o
         assert code == -signal.SIGKILL
     code, _, err = run.finish()
     assert code == 0, err
-    assert history(run.workdir) == history(uninterrupted)
+    assert history(run.workdir) == history(finished_run)
     assert read_summary(run.workdir)["status"] == "finished"
     assert not run.unfinished()
 
 
-def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(uninterrupted, overrides, tmp_path):
+def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(finished_run, overrides, tmp_path):
     run = Run(tmp_path / "stopped", overrides)
     for number, point in ((signal.SIGTERM, 6), (signal.SIGINT, 21)):
         code, out, err = run.stop(number, run.logged(point))
@@ -126,7 +117,7 @@ def test_sigterm_and_ctrl_c_save_and_say_how_to_go_on(uninterrupted, overrides, 
         assert "Traceback" not in err
     code, _, err = run.finish()
     assert code == 0, err
-    assert history(run.workdir) == history(uninterrupted)
+    assert history(run.workdir) == history(finished_run)
     code, out, _ = run.finish()
     assert code == 0
     assert "is finished" in out
