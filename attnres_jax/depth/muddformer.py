@@ -69,7 +69,8 @@ class MUDDFormer(WholeBank):
     def weights(self, sites: DynamicWeights, site: int | Int[Array, ""], newest: Float[Array, "*batch D"]):
         """The weights of all K states for each token, [K, *batch], float32."""
         x = unit_rms(wide(newest), self.eps)
-        hidden = jax.nn.gelu(jnp.einsum("...d,dk->...k", x, sites.hidden[site], precision=HIGHEST))
+        hidden = jnp.einsum("...d,dk->...k", x, sites.hidden[site], precision=HIGHEST)
+        hidden = jax.nn.gelu(hidden, approximate=False)
         weights = jnp.einsum("...k,kn->n...", hidden, sites.out[site], precision=HIGHEST)
         return weights + sites.weight[site].reshape(-1, *[1] * (newest.ndim - 1))
 
