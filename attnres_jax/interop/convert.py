@@ -160,7 +160,7 @@ def _cause(original: Decoder, converted: Decoder, batch, difference: float) -> s
     if difference == 0:
         return "none: the two are bitwise equal"
     before, after = named_leaves(original), named_leaves(converted)
-    changed = [name for name, x in before.items() if name in after and not jnp.array_equal(x, after[name])]
+    changed = [name for name, x in before.items() if name in after and not np.array_equal(x, after[name])]
     if changed:
         return (
             f"other weights: {len(changed)} of {len(before)} arrays differ, {changed[0]} among them; "
