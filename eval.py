@@ -13,15 +13,15 @@ from absl import flags
 
 from attnres_jax.cli import launch
 from attnres_jax.config import Config, read_config
-from attnres_jax.data import heldout_batches, load_text
+from attnres_jax.data import heldout_batches
 from attnres_jax.errors import ConfigError
 from attnres_jax.evaluation import evaluate
 from attnres_jax.interop import load_pretrained
 from attnres_jax.interop.hub import local_directory
 from attnres_jax.interop.store import read_json
 from attnres_jax.parallel import mesh_that_fits, put_batch, use_mesh
-from attnres_jax.parallel.processes import define_flags, joined, one_first
-from attnres_jax.training import enable_compilation_cache, open_checkpoints, restore_model
+from attnres_jax.parallel.processes import define_flags, joined
+from attnres_jax.training import enable_compilation_cache, restore_model, restore_text
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 STEP = flags.DEFINE_integer("step", None, "Which checkpoint; the newest if not given.")
@@ -60,9 +60,7 @@ def evaluate_run(workdir: Path, config: Config) -> str:
                 f"--pretrained={name} (a vocabulary of {sizes[0]}) does not read the tokens of {workdir} "
                 f"({sizes[1]}); give a model that was exported from this run, or trained on its tokens"
             )
-    text = one_first(lambda: load_text(config.data, config.model.vocab_size))
-    with open_checkpoints(workdir) as checkpoints:
-        checkpoints.check_text(step or checkpoints.steps()[-1], text.fingerprint)
+    text = restore_text(workdir, step)
     batches = heldout_batches(text, config.data, config.training.eval_sequences)
     with use_mesh(mesh):
         placed = [put_batch(mesh, batch) for batch in batches]

@@ -13,12 +13,11 @@ import numpy as np
 from jaxtyping import Float
 
 from attnres_jax.config import read_config
-from attnres_jax.data import heldout_batches, load_text
+from attnres_jax.data import heldout_batches
 from attnres_jax.evaluation.perplexity import Batch
 from attnres_jax.models import Decoder
 from attnres_jax.parallel import mesh_that_fits, use_mesh
-from attnres_jax.parallel.processes import one_first
-from attnres_jax.training import open_checkpoints, restore_model
+from attnres_jax.training import restore_model, restore_text
 from attnres_jax.training.diagnostics import output_gradients
 
 MAGNITUDES = ("output_rms", "state_rms", "gradient_rms", "input_rms")
@@ -68,10 +67,7 @@ def inspect_run(workdir: Path | str, *, num_sequences: int = 4) -> Inspection:
     config = read_config(path.with_name("config.json"))
     mesh = mesh_that_fits(config)
     _, model, step = restore_model(workdir, mesh=mesh)
-    text = one_first(lambda: load_text(config.data, config.model.vocab_size))
-    with open_checkpoints(path.parent) as checkpoints:
-        checkpoints.check_text(step, text.fingerprint)
-    batches = heldout_batches(text, config.data, num_sequences)
+    batches = heldout_batches(restore_text(workdir, step), config.data, num_sequences)
     whole = {key: np.concatenate([b[key] for b in batches]) for key in batches[0]}
     with use_mesh(mesh):
         inspection = inspect_model(model, whole)

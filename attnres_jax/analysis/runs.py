@@ -13,6 +13,7 @@ import numpy as np
 
 from attnres_jax.config import Config, read_config
 from attnres_jax.errors import UserError
+from attnres_jax.training.records import KINDS, rows_and_gaps
 
 
 class RunError(UserError):
@@ -152,18 +153,11 @@ def is_inspected(workdir: Path | str) -> bool:
 
 def _read_metrics(path: Path) -> tuple[dict[str, dict[int, dict[str, Any]]], list[str]]:
     """Rows by kind and step, and what had to be skipped."""
-    rows: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    broken = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-            rows[row["kind"]][int(row["step"])] = row
-        except (ValueError, KeyError, TypeError):
-            broken.append(number)
-    # A torn last line is how a killed run ends; anywhere else it is worth a word.
-    inner = [number for number in broken if number < len(lines)]
-    return rows, [f"{path}: line {', '.join(map(str, inner))} is not a whole row and was skipped."] if inner else []
+    rows: dict[str, dict[int, dict[str, Any]]] = {kind: {} for kind in KINDS}
+    read, gaps = rows_and_gaps(path)
+    for row in read:
+        rows[row["kind"]][int(row["step"])] = row
+    return rows, [f"{path}: line {', '.join(map(str, gaps))} is not a whole row and was skipped."] if gaps else []
 
 
 def _read_summary(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -171,8 +171,9 @@ def _decode(content: bytes, where: object) -> str:
 
 
 def _json_text(line: bytes, where: str) -> str:
+    line = _decode(line, where)
     try:
-        text = json.loads(_decode(line, where))["text"]
+        text = json.loads(line)["text"]
         text.encode()
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}; mend or delete the line") from None
@@ -182,8 +183,6 @@ def _json_text(line: bytes, where: str) -> str:
         raise DataError(
             f"{where} escapes half a surrogate pair, which is no character; mend or delete the line"
         ) from None
-    except DataError:
-        raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of brackets
         raise DataError(f"{where} is JSON that Python cannot read: {error}; mend or delete the line") from None
     return text

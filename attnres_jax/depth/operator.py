@@ -64,14 +64,15 @@ def depth_attention(
       ValueError: if there are no sources, or an argument is not of its shape or not of floats.
     """
     expect(FLOATS, ("N", "*batch", "D"), {"sources": sources})
-    expect(FLOATS, sources.shape[-1:], {"query": query, "key_scale": query if key_scale is None else key_scale})
+    expect(FLOATS, sources.shape[-1:], {"query": query})
+    key_scale = jnp.ones_like(query) if key_scale is None else key_scale
+    expect(FLOATS, query.shape, {"key_scale": key_scale})
     if not len(sources):
         raise ValueError(f"sources of shape {sources.shape}: a site needs at least one")
-    state = inter_block(sources, query[None], None if key_scale is None else key_scale[None], len(sources), eps=eps)
+    state = inter_block(sources, query[None], key_scale[None], len(sources), eps=eps)
     mixed = normalise(state.site(0)).astype(sources.dtype)
     if not return_weights:
         return mixed
-    key_scale = jnp.ones_like(query) if key_scale is None else key_scale
     return mixed, jax.nn.softmax(depth_logits(sources, query[None], key_scale[None], eps)[0], axis=0)
 
 
@@ -103,10 +104,10 @@ def inter_block(
     """
     expect(FLOATS, ("N", "*batch", "D"), {"bank": bank})
     expect(FLOATS, ("S", bank.shape[-1]), {"queries": queries})
-    expect(FLOATS, queries.shape, {"key_scales": queries if key_scales is None else key_scales})
+    key_scales = jnp.ones_like(queries) if key_scales is None else key_scales
+    expect(FLOATS, queries.shape, {"key_scales": key_scales})
     if not isinstance(num_valid, jax.core.Tracer) and np.asarray(num_valid).item() not in range(1, len(bank) + 1):
         raise ValueError(f"num_valid={num_valid} of a bank of {len(bank)} sources must be from 1 to {len(bank)}")
-    key_scales = jnp.ones_like(queries) if key_scales is None else key_scales
     logits = jnp.moveaxis(depth_logits(bank, queries, key_scales, eps), 0, 1)
     weights, maximum, denominator = exponents(logits, num_valid)
     return State(mix(bank, weights, num_valid), maximum, denominator)
@@ -136,8 +137,9 @@ def merge(
     """
     expect(FLOATS, ("*batch", "D"), {"partial": partial})
     expect(FLOATS, partial.shape, {"state.numerator": state.numerator}, "; one site's part is state.site(i)")
-    expect(FLOATS, partial.shape[-1:], {"query": query, "key_scale": query if key_scale is None else key_scale})
+    expect(FLOATS, partial.shape[-1:], {"query": query})
     key_scale = jnp.ones_like(query) if key_scale is None else key_scale
+    expect(FLOATS, query.shape, {"key_scale": key_scale})
     return merge_sources(state, (partial,), depth_logits(partial, query[None], key_scale[None], eps))
 
 

@@ -12,8 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 SCORES = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax}
-# Added to sums of scores, since the sigmoids of a token may all underflow; not its square, which a gradient divides by.
-_NOT_ZERO = 1e-18
 
 
 class Routing(NamedTuple):
@@ -85,8 +83,16 @@ def route(
     indices = jax.lax.top_k(open_to_choice, experts_per_token)[1]
     weights = jnp.take_along_axis(biased if biased_weights else scores, indices, axis=-1)
     if renormalise:
-        weights = weights / (jnp.sum(weights, axis=-1, keepdims=True) + _NOT_ZERO)
+        weights = _shares(weights)
     return Routing(indices, scaling * weights, scores, logits)
+
+
+def _shares(scores):
+    """Each score as a part of its token's sum.
+
+    Sigmoids may all underflow; the square of what is added to their sum, by which a gradient divides, does not.
+    """
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-18)
 
 
 def _within_groups(biased, experts_per_token, num_groups, top_groups):
@@ -126,7 +132,7 @@ def sequence_balance_loss(
     """
     num_experts, experts_per_token = scores.shape[-1], indices.shape[-1]
     tokens = _tokens(valid, indices.shape[:2])
-    shares = scores / (jnp.sum(scores, axis=-1, keepdims=True) + _NOT_ZERO)
+    shares = _shares(scores)
     if valid is not None:
         shares = jnp.where(valid[..., None], shares, 0)
     each = jnp.maximum(tokens, 1)[:, None]

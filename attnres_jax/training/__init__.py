@@ -1,6 +1,11 @@
 """Training: the loop, its step, optimizer, checkpoints and records."""
 
-from attnres_jax.training.checkpoints import ChangedTextError, CheckpointError, open_checkpoints, restore_model
+from attnres_jax.training.checkpoints import (
+    ChangedTextError,
+    CheckpointError,
+    restore_model,
+    restore_text,
+)
 from attnres_jax.training.compilation import enable_compilation_cache
 from attnres_jax.training.flops import forward_flops_per_token, training_flops_per_token
 from attnres_jax.training.host_memory import retain_host_memory
@@ -23,8 +28,8 @@ __all__ = [
     "make_optimizer",
     "make_train_step",
     "new_state",
-    "open_checkpoints",
     "restore_model",
+    "restore_text",
     "retain_host_memory",
     "train",
     "training_flops_per_token",

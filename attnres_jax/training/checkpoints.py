@@ -14,8 +14,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from attnres_jax.config import Config, read_config
+from attnres_jax.data import TextData, load_text
 from attnres_jax.errors import UserError
 from attnres_jax.parallel import one_device_mesh, with_shardings
+from attnres_jax.parallel.processes import one_first
 from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from attnres_jax.training.parameters import named_leaves
 from attnres_jax.training.state import TrainState, new_state
@@ -151,6 +153,24 @@ def restore_model(workdir: Path | str, step: int | None = None, mesh: Mesh | Non
             raise CheckpointError(f"{workdir} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
         model = checkpoints.restore_model(step, abstract_state(config, mesh).model)
     return config, model, step
+
+
+def restore_text(workdir: Path | str, step: int | None = None) -> TextData:
+    """The text of a run, for whoever looks at what a checkpoint makes of it; the processes of a group together.
+
+    Args:
+      workdir: a run's directory.
+      step: which checkpoint; None: the newest.
+
+    Raises:
+      UserError: if there is no such run, checkpoint or text, or the text is not the one that it was trained on.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir / "config.json")
+    text = one_first(lambda: load_text(config.data, config.model.vocab_size))
+    with open_checkpoints(workdir) as checkpoints:
+        checkpoints.check_text(checkpoints.steps()[-1] if step is None else step, text.fingerprint)
+    return text
 
 
 def open_checkpoints(workdir: Path) -> Checkpoints:

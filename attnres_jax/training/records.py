@@ -17,6 +17,8 @@ from attnres_jax.config import Config
 from attnres_jax.training.workdir import write_json, write_text
 
 PACKAGES = ("attnres_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+KINDS = ("train", "eval")
+"""Of rows."""
 
 
 class Records(contextlib.AbstractContextManager):
@@ -50,15 +52,28 @@ class Records(contextlib.AbstractContextManager):
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl; a line that is not whole, as the last one after a kill, is left out.
+    """The whole rows of a metrics.jsonl."""
+    return rows_and_gaps(path)[0]
 
-    A missing file has no rows.
+
+def rows_and_gaps(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The whole rows of a metrics.jsonl, and the numbers of lines between them that are none; a missing file is empty.
+
+    A torn last line is how a killed run ends, and no gap.
     """
-    rows = []
-    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+    rows, broken = [], []
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            whole = row["kind"] in KINDS and int(row["step"]) >= 0
+        except (ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            rows.append(row)
+        else:
+            broken.append(number)
+    return rows, [number for number in broken if number < len(lines)]
 
 
 def cut_rows(path: Path, step: int) -> None:
