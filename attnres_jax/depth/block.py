@@ -102,7 +102,9 @@ class Block:
         logits, unadjust = jax.vjp(lambda sites: self.adjusted(sites, known.logits, place, own), sites)
         scoring, unslice = jax.vjp(lambda sites: self.scoring(sites, place.site, place.num_sites), sites)
         weights, _, _ = self.weigh(logits, place.num_valid, own)
-        mixed_bar = [wide(state.numerator) for state in view_bar]
+        # As finished arrays: the TPU compiler would fuse the first site's with the product in `offset`, and keep until
+        # then what it is computed from.
+        mixed_bar = jax.lax.optimization_barrier([wide(state.numerator) for state in view_bar])
         # What a softmax takes off the cotangents of all its weights; over the bank alone it follows from what was read.
         offset = jnp.stack(
             [
