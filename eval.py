@@ -7,6 +7,7 @@ Several processes: as in train.py.
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -73,10 +74,16 @@ def evaluate_run(workdir: Path, config: Config) -> str:
 
 def is_own_tokenizer(directory: Path, workdir: Path) -> bool:
     """Whether the tokenizer of a model's directory makes the tokens of a run; without one it is taken to."""
-    theirs = directory / "tokenizer.json"
-    if not theirs.exists():
-        return not (directory / "tiktoken.model").exists()
-    return read_json(theirs).get("model") == read_json(workdir / "tokenizer.json").get("model")
+    theirs, own = vocabulary(directory), vocabulary(workdir)
+    return theirs is None or theirs == own
+
+
+def vocabulary(directory: Path) -> Any:
+    """What of a directory's tokenizer decides which tokens a text has; None without one."""
+    if (directory / "tokenizer.json").exists():
+        return read_json(directory / "tokenizer.json").get("model")
+    path = directory / "tiktoken.model"
+    return path.read_bytes() if path.exists() else None
 
 
 if __name__ == "__main__":

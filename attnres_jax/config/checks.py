@@ -71,6 +71,11 @@ def validate(config: Config) -> None:
         raise ConfigError("data.source='text' needs data.files, a glob such as 'corpus/*.txt'")
     if data.source != "text" and data.files:
         raise ConfigError(f"data.files={data.files!r} is read only with data.source='text', not {data.source!r}")
+    if training.init_from and not data.tokenizer:
+        raise ConfigError(
+            f"training.init_from={training.init_from!r} does not know the tokens of a tokenizer trained on the text; "
+            f"nearest: data.tokenizer={training.init_from!r}"
+        )
     if data.sequence_length > model.max_length:
         raise ConfigError(
             f"data.sequence_length={data.sequence_length} is longer than model.max_length={model.max_length}; "

@@ -160,6 +160,8 @@ class DataConfig:
     """stdlib (the source of the running Python's standard library) or text (the files that `files` matches)."""
     files: str = ""
     """With source=text: a glob of .txt (one document a file) or .jsonl files (a "text" field a line)."""
+    tokenizer: str = ""
+    """A model directory or hub repository whose tokenizer is used; empty: one is trained on the text."""
     heldout_percent: int = 5
     """Share of the documents, chosen by hash of their name, kept for evaluation."""
     sequence_length: int = 256
@@ -199,6 +201,8 @@ class OptimizerConfig:
 class TrainingConfig:
     """The loop."""
 
+    init_from: str = ""
+    """A model directory or hub repository whose parameters the run starts from; empty: fresh ones."""
     steps: int = 300
     accumulation: int = 1
     """Micro-batches whose gradients are averaged into one step."""

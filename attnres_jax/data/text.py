@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -18,7 +19,13 @@ from tokenizers import Tokenizer
 
 from attnres_jax.config import DataConfig
 from attnres_jax.data.corpus import Corpus, DataError, open_corpus
-from attnres_jax.data.tokenizer import as_plain_text, encode_documents, token_bytes, train_tokenizer
+from attnres_jax.data.tokenizer import (
+    GivenTokenizer,
+    as_plain_text,
+    encode_documents,
+    token_bytes,
+    train_tokenizer,
+)
 
 _FORMAT = 1  # Goes up when the stored files, or what is done to the text before, change.
 _SPLITS = ("train", "heldout")
@@ -45,15 +52,15 @@ class TextData:
 
     train: TokenDocuments
     heldout: TokenDocuments
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | GivenTokenizer
     token_bytes: Int32[np.ndarray, "V"]
     """Bytes of text that each token stands for; 0 for special and unused ones."""
     fingerprint: str
-    """Of the documents, their split, the vocabulary size and the format: equal ones hold equal tokens."""
+    """Of documents, split, vocabulary size, a given tokenizer and the format: equal ones hold equal tokens."""
 
 
-def load_text(config: DataConfig, vocab_size: int) -> TextData:
-    """The corpus of `config` in tokens of a tokenizer trained on its train split.
+def load_text(config: DataConfig, vocab_size: int, tokenizer: GivenTokenizer | None = None) -> TextData:
+    """The corpus of `config` in tokens of `tokenizer`, or of one that is trained on its train split.
 
     Made at the first call and read from `config.cache_dir` by later ones, of this process or any other. What is there
     but does not match its own checksums is made again.
@@ -61,16 +68,23 @@ def load_text(config: DataConfig, vocab_size: int) -> TextData:
     Raises:
       DataError: if the corpus, the vocabulary size or the cache folder cannot be used.
     """
+    if tokenizer and tokenizer.size > vocab_size:
+        raise DataError(
+            f"model.vocab_size={vocab_size} has no room for the ids of data.tokenizer={config.tokenizer!r}; "
+            f"nearest: model.vocab_size={tokenizer.size}"
+        )
     corpus = open_corpus(config)
-    fingerprint = hashlib.sha256(f"{_FORMAT} {vocab_size} {corpus.digest()}".encode()).hexdigest()[:16]
+    parts = [_FORMAT, vocab_size, corpus.digest(), *([tokenizer.digest] if tokenizer else [])]
+    fingerprint = hashlib.sha256(" ".join(map(str, parts)).encode()).hexdigest()[:16]
     cache = cache_dir(config)
     for _ in range(3):  # More than once only if another process replaces a damaged copy at this moment.
-        text = _read(cache / fingerprint, vocab_size, fingerprint)
+        text = _read(cache / fingerprint, vocab_size, fingerprint, tokenizer)
         if text is not None:
             return text
-        logging.getLogger(__name__).info("training a tokenizer of %d tokens into %s", vocab_size, cache / fingerprint)
+        what = "encoding the text" if tokenizer else f"training a tokenizer of {vocab_size} tokens"
+        logging.getLogger(__name__).info("%s into %s", what, cache / fingerprint)
         try:
-            _make(cache, fingerprint, corpus, vocab_size)
+            _make(cache, fingerprint, corpus, vocab_size, tokenizer)
         except OSError as error:
             raise DataError(
                 f"data.cache_dir={str(cache)!r} cannot be written: {error.strerror}; name another"
@@ -79,29 +93,33 @@ def load_text(config: DataConfig, vocab_size: int) -> TextData:
 
 
 def cache_dir(config: DataConfig) -> Path:
-    """Where tokenizers, tokens and compiled programs are kept between runs."""
+    """Where trained tokenizers, tokens and compiled programs are kept between runs."""
     return Path(config.cache_dir or os.environ.get("ATTNRES_CACHE") or "~/.cache/attnres_jax").expanduser()
 
 
-def _make(cache: Path, fingerprint: str, corpus: Corpus, vocab_size: int) -> None:
+def _make(cache: Path, fingerprint: str, corpus: Corpus, vocab_size: int, given: GivenTokenizer | None) -> None:
     cache.mkdir(parents=True, exist_ok=True)
     for left in cache.glob(".making_*"):  # By a process that was killed; none takes a day.
         with contextlib.suppress(FileNotFoundError):
             if time.time() - left.stat().st_mtime > 86400:
                 shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=".making_", dir=cache, ignore_cleanup_errors=True) as folder:
-        _write(Path(folder, "text"), corpus, vocab_size)
+        _write(Path(folder, "text"), corpus, vocab_size, given)
         _publish(Path(folder, "text"), cache / fingerprint, Path(folder, "replaced"))
 
 
-def _write(folder: Path, corpus: Corpus, vocab_size: int) -> None:
+def _write(folder: Path, corpus: Corpus, vocab_size: int, given: GivenTokenizer | None) -> None:
     folder.mkdir()
-    tokenizer = train_tokenizer((document.text for document in corpus if not document.heldout), vocab_size)
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+    if given is None:
+        tokenizer = train_tokenizer((document.text for document in corpus if not document.heldout), vocab_size)
+        (folder / "tokenizer.json").write_text(tokenizer.to_str(), encoding="utf-8")
+        encode = functools.partial(encode_documents, tokenizer)
+    else:
+        encode = given.documents
     for split in _SPLITS:
         heldout = split == "heldout"
         texts = (document.text for document in corpus if document.heldout is heldout)
-        _write_documents(folder, split, encode_documents(tokenizer, texts), vocab_size)
+        _write_documents(folder, split, encode(texts), vocab_size)
     checksums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
     (folder / "checksums.json").write_text(json.dumps(checksums, indent=1))
 
@@ -122,12 +140,13 @@ def _publish(made: Path, final: Path, replaced: Path) -> None:
         os.replace(made, final)
 
 
-def _read(folder: Path, vocab_size: int, fingerprint: str) -> TextData | None:
+def _read(folder: Path, vocab_size: int, fingerprint: str, given: GivenTokenizer | None) -> TextData | None:
     """What `_write` wrote, or None if it is absent or damaged."""
     try:
         if not _sound(folder):
             return None
-        tokenizer = as_plain_text(Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
+        if given is None:
+            trained = as_plain_text(Tokenizer.from_str((folder / "tokenizer.json").read_text(encoding="utf-8")))
         splits = {
             split: TokenDocuments(
                 np.load(folder / f"{split}_tokens.npy", mmap_mode="r"), np.load(folder / f"{split}_offsets.npy")
@@ -136,9 +155,8 @@ def _read(folder: Path, vocab_size: int, fingerprint: str) -> TextData | None:
         }
     except OSError:  # Replaced by another process while it was read.
         return None
-    return TextData(
-        **splits, tokenizer=tokenizer, token_bytes=token_bytes(tokenizer, vocab_size), fingerprint=fingerprint
-    )
+    sizes = token_bytes(trained, vocab_size) if given is None else given.token_bytes(vocab_size)
+    return TextData(**splits, tokenizer=given or trained, token_bytes=sizes, fingerprint=fingerprint)
 
 
 def _sound(folder: Path) -> bool:

@@ -1,6 +1,7 @@
 """The tokenizer: byte-level BPE, so that every text has tokens and gets back from them unchanged."""
 
 from collections.abc import Iterable, Iterator
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int32
@@ -10,6 +11,22 @@ from attnres_jax.data.corpus import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 """Stands before and after every document; its id is 0."""
+
+
+@runtime_checkable
+class GivenTokenizer(Protocol):
+    """A tokenizer that is there already, as `load_text` needs it."""
+
+    size: int
+    """One more than the largest id."""
+    digest: str
+    """A hash of all that decides which tokens a document has."""
+
+    def documents(self, texts: Iterable[str]) -> Iterator[Int32[np.ndarray, "n"]]:
+        """Each text as a document, with what stands before and after one."""
+
+    def token_bytes(self, vocab_size: int) -> Int32[np.ndarray, "V"]:
+        """How many bytes of text each id stands for; 0 for special and unused ones."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -47,7 +64,7 @@ def as_plain_text(tokenizer: Tokenizer) -> Tokenizer:
 def encode_documents(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[Int32[np.ndarray, "n"]]:
     """Each text as `END_OF_TEXT tokens END_OF_TEXT`."""
     end = tokenizer.token_to_id(END_OF_TEXT)
-    for chunk in _chunks(texts, 1 << 20):
+    for chunk in chunks(texts):
         for encoding in tokenizer.encode_batch_fast(chunk, add_special_tokens=False):
             yield np.array([end, *encoding.ids, end], np.int32)
 
@@ -61,7 +78,7 @@ def token_bytes(tokenizer: Tokenizer, vocab_size: int) -> Int32[np.ndarray, "V"]
     return sizes
 
 
-def _chunks(texts: Iterable[str], characters: int) -> Iterator[list[str]]:
+def chunks(texts: Iterable[str], characters: int = 1 << 20) -> Iterator[list[str]]:
     """Lists of texts with about `characters` together: enough for all cores, little enough for memory."""
     chunk, size = [], 0
     for text in texts:

@@ -2,7 +2,7 @@
 
 from attnres_jax.interop.convert import Verification, convert, verify
 from attnres_jax.interop.errors import InteropError
-from attnres_jax.interop.pretrained import load_pretrained, save_pretrained
+from attnres_jax.interop.pretrained import load_pretrained, pretrained_config, save_pretrained
 from attnres_jax.interop.tokenizer import ModelTokenizer, load_tokenizer
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "convert",
     "load_pretrained",
     "load_tokenizer",
+    "pretrained_config",
     "save_pretrained",
     "verify",
 ]

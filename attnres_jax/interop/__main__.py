@@ -19,6 +19,7 @@ from absl import flags
 from attnres_jax.cli import launch
 from attnres_jax.interop.convert import convert, load_pair, verify
 from attnres_jax.interop.errors import InteropError
+from attnres_jax.interop.hub import copy_companions
 from attnres_jax.interop.pretrained import save_pretrained
 from attnres_jax.interop.report import inspect_text, verification_text
 from attnres_jax.interop.tokenizer import load_tokenizer
@@ -97,17 +98,16 @@ def _export(workdir: str, directory: str) -> None:
     # The command line is a script and stands above training; the package itself does not.
     from attnres_jax.training import restore_model
 
-    _, model, step = restore_model(workdir, STEP.value)
-    try:
-        tokenizer = (Path(workdir) / "tokenizer.json").read_bytes()
-    except OSError as error:
-        raise InteropError(f"{workdir}/tokenizer.json cannot be read: {error.strerror}") from None
+    config, model, step = restore_model(workdir, STEP.value)
+    load_tokenizer(workdir)  # refuses a workdir that has lost its own
+    like = config.training.init_from or None
     save_pretrained(
         model,
         directory,
-        dtype=DTYPE.value,
+        like=like,  # whose dtypes are not those of training
+        dtype=DTYPE.value or ("float32" if like else None),
         progress=True,
-        write_more=lambda folder: (folder / "tokenizer.json").write_bytes(tokenizer),
+        write_more=lambda folder: copy_companions(Path(workdir), folder),
     )
     print(f"{directory} written from step {step} of {workdir}")
 

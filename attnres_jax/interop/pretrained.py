@@ -17,7 +17,7 @@ from attnres_jax.config import DepthConfig, ModelConfig, validate_model
 from attnres_jax.errors import ConfigError
 from attnres_jax.interop.binding import Binding, bind, embedding_name, fit, tied_head
 from attnres_jax.interop.checkpoint import abstract_model, open_checkpoint
-from attnres_jax.interop.config_json import config_json_of, write_config_json
+from attnres_jax.interop.config_json import config_json_of, read_config_json, write_config_json
 from attnres_jax.interop.errors import InteropError
 from attnres_jax.interop.hub import copy_companions, local_directory
 from attnres_jax.interop.output import new_directory
@@ -85,6 +85,13 @@ def load_pretrained(
         kept = arrays["embedding.table"].dtype
         arrays |= {name: jax.device_put(x.astype(kept), sharding(name, x.shape)) for name, x in sites.items()}
     return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in leaves])
+
+
+def pretrained_config(directory_or_repo_id: Path | str, residual: str | DepthConfig | None = None) -> ModelConfig:
+    """What `load_pretrained` with these arguments would load, by `config.json` alone: arguments and errors as there."""
+    directory = local_directory(directory_or_repo_id)
+    _, config, _ = read_config_json(directory)
+    return config if residual is None else with_rule(config, residual, directory)
 
 
 def save_pretrained(

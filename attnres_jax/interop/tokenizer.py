@@ -3,14 +3,19 @@
 import base64
 import binascii
 import datetime
+import functools
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
+from jaxtyping import Int32
 from tokenizers import Tokenizer
 
+from attnres_jax.data import chunks
 from attnres_jax.interop.errors import InteropError, need
 from attnres_jax.interop.hub import local_directory
 from attnres_jax.interop.store import read_json
@@ -53,15 +58,20 @@ class Encoder(Protocol):
 
     size: int
     """One more than the largest id."""
+    digest: str
+    """A hash of what it was made from."""
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """The ids of a text, in which special tokens are recognised."""
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        """The ids of each text, in which special tokens are recognised."""
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         """The text of ids."""
 
     def id_of(self, token: str) -> int | None:
         """The id of a special token."""
+
+    def sizes(self) -> dict[int, int]:
+        """How many bytes of text each id stands for that is not special."""
 
 
 class ModelTokenizer:
@@ -81,7 +91,7 @@ class ModelTokenizer:
           text: any text.
           add_special_tokens: put what the tokenizer puts around a text, such as a token at its beginning.
         """
-        return self.encoder.encode(text, add_special_tokens)
+        return self.encoder.encode([text], add_special_tokens)[0]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """The text of ids; bytes that are no UTF-8 give the replacement character.
@@ -119,6 +129,44 @@ class ModelTokenizer:
         """`chat`, as ids."""
         return self.encode(self.chat(messages, **more))
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id."""
+        return self.encoder.size
+
+    @functools.cached_property
+    def end_id(self) -> int:
+        """What ends a document: the token that the tokenizer names, else the first of `stop_ids`.
+
+        Raises:
+          InteropError: if there is neither.
+        """
+        named = self.special["eos_token"]
+        known = [index for index in (named and self.encoder.id_of(named), *self.stop_ids) if index is not None]
+        if not known:
+            raise InteropError("this tokenizer names no token that ends a text (eos_token in tokenizer_config.json)")
+        return known[0]
+
+    @property
+    def digest(self) -> str:
+        """A hash of all that decides which tokens a document has."""
+        return f"{self.encoder.digest} {self.end_id}"
+
+    def documents(self, texts: Iterable[str]) -> Iterator[Int32[np.ndarray, "n"]]:
+        """Each text between what the tokenizer puts before one, else `end_id`, and `end_id`."""
+        opens = self.encode("", add_special_tokens=True)[:1] not in ([], [self.end_id])
+        for chunk in chunks(texts):
+            for ids in self.encoder.encode(chunk, True):
+                before, after = [] if opens else [self.end_id], [] if ids[-1:] == [self.end_id] else [self.end_id]
+                yield np.array([*before, *ids, *after], np.int32)
+
+    def token_bytes(self, vocab_size: int) -> Int32[np.ndarray, "V"]:
+        """How many bytes of text each id stands for; 0 for special and unused ones."""
+        sizes = np.zeros(vocab_size, np.int32)
+        for index, size in self.encoder.sizes().items():
+            sizes[index] = size
+        return sizes
+
 
 def load_tokenizer(directory_or_repo_id: Path | str) -> ModelTokenizer:
     """The tokenizer of a model: `tokenizer.json`, or `tiktoken.model` as Kimi's models have it.
@@ -147,15 +195,30 @@ class _FastEncoder:
         except Exception as error:  # the library raises Exception itself
             raise InteropError(f"{path} is not a tokenizer: {' '.join(str(error).split())[:200]}") from None
         self.size = 1 + max(self.tokenizer.get_vocab().values(), default=-1)
+        self.digest = _hash(path.read_bytes())
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
+        found = self.tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def id_of(self, token: str) -> int | None:
         return self.tokenizer.token_to_id(token)
+
+    def sizes(self) -> dict[int, int]:
+        decoder = json.loads(self.tokenizer.to_str())["decoder"]
+        if '"ByteLevel"' in json.dumps(decoder):  # its alphabet writes every byte as one character
+            length = len
+        else:  # blanks are written as a character of their own, bytes of what has no token as numbers
+
+            def length(token):
+                return 1 if re.fullmatch("<0x[0-9A-F]{2}>", token) else len(token.replace("\u2581", " ").encode())
+
+        own = {index: length(token) for token, index in self.tokenizer.get_vocab(with_added_tokens=False).items()}
+        added = self.tokenizer.get_added_tokens_decoder()
+        return own | {i: 0 if token.special else len(token.content.encode()) for i, token in added.items()}
 
 
 class _KimiEncoder:
@@ -179,13 +242,18 @@ class _KimiEncoder:
         except (ValueError, KeyError) as error:
             raise InteropError(f"{path} is not a tokenizer: {error}") from None
         self.size = self.encoding.n_vocab
+        self.lengths = {rank: len(token) for token, rank in ranks.items()}
+        self.digest = _hash(path.read_bytes() + json.dumps(self.special).encode())
 
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+    def encode(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
         return [
-            index
-            for start in range(0, len(text), MAX_CHARS)
-            for piece in _pieces(text[start : start + MAX_CHARS])
-            for index in self.encoding.encode(piece, allowed_special="all")
+            [
+                index
+                for start in range(0, len(text), MAX_CHARS)
+                for piece in _pieces(text[start : start + MAX_CHARS])
+                for index in self.encoding.encode(piece, allowed_special="all")
+            ]
+            for text in texts
         ]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool) -> str:
@@ -194,6 +262,13 @@ class _KimiEncoder:
 
     def id_of(self, token: str) -> int | None:
         return self.special.get(token)
+
+    def sizes(self) -> dict[int, int]:
+        return self.lengths
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _ranks(path: Path) -> dict[bytes, int]:

@@ -2,7 +2,7 @@
 
 from attnres_jax.models.decoder import Decoder, Trace, call_sublayer, plan_of, reports_in_order, rule_of, unrolled
 from attnres_jax.models.families import FAMILIES, PRESETS, default_block_size, family_of, preset
-from attnres_jax.models.family import Family
+from attnres_jax.models.family import Family, differences
 from attnres_jax.models.parameters import activated_parameters, named_leaves, parameter_name
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "activated_parameters",
     "call_sublayer",
     "default_block_size",
+    "differences",
     "family_of",
     "named_leaves",
     "parameter_name",

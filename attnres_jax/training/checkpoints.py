@@ -14,12 +14,13 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from attnres_jax.config import Config, read_config
-from attnres_jax.data import TextData, load_text
+from attnres_jax.data import TextData
 from attnres_jax.errors import UserError
 from attnres_jax.parallel import one_device_mesh, with_shardings
 from attnres_jax.parallel.processes import one_first
 from attnres_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from attnres_jax.training.parameters import named_leaves
+from attnres_jax.training.start import open_text
 from attnres_jax.training.state import TrainState, new_state
 
 
@@ -167,7 +168,7 @@ def restore_text(workdir: Path | str, step: int | None = None) -> TextData:
     """
     workdir = Path(workdir)
     config = read_config(workdir / "config.json")
-    text = one_first(lambda: load_text(config.data, config.model.vocab_size))
+    text = one_first(lambda: open_text(config, workdir))
     with open_checkpoints(workdir) as checkpoints:
         checkpoints.check_text(checkpoints.steps()[-1] if step is None else step, text.fingerprint)
     return text

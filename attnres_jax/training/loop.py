@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from attnres_jax.config import Config, flatten
-from attnres_jax.data import heldout_batches, load_text, train_iterator
+from attnres_jax.data import heldout_batches, train_iterator
 from attnres_jax.evaluation.perplexity import evaluate
 from attnres_jax.parallel import describe, make_mesh, put_batch, replicated, use_mesh
 from attnres_jax.parallel.processes import AnyProcess, one_first, require_same
@@ -24,9 +24,10 @@ from attnres_jax.training.optimizer import learning_rate_schedule, make_optimize
 from attnres_jax.training.parameters import count_parameters, parameter_table
 from attnres_jax.training.progress import Progress
 from attnres_jax.training.records import Records, read_summary, write_summary
+from attnres_jax.training.start import initial_model, open_text, start_text
 from attnres_jax.training.state import new_state
 from attnres_jax.training.step import batch_shapes, make_train_step
-from attnres_jax.training.workdir import claim, write_text
+from attnres_jax.training.workdir import claim
 
 
 def train(config: Config, workdir: Path | str) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             return summary
 
         # Data: the same batches in the same order for every run of this seed.
-        text = one_first(lambda: load_text(config.data, config.model.vocab_size))
+        text = one_first(lambda: (open_text if start else start_text)(config, workdir))
         require_same("the text; data.files is to match the same on every machine", text.fingerprint)
         batches = train_iterator(text, config.data, seed=config.seed)
         heldout = [put_batch(mesh, batch) for batch in heldout_batches(text, config.data, training.eval_sequences)]
@@ -82,10 +83,10 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
             state = checkpoints.restore(start, shapes, batches)
             _say(f"resuming {workdir} at step {start} of {steps}")
         else:
-            if jax.process_index() == 0:
-                write_text(workdir / "tokenizer.json", text.tokenizer.to_str())  # what the run's model reads, for good
+            model = initial_model(config, shapes.model) if training.init_from else None
             born = jax.tree.map(lambda leaf: leaf.sharding, shapes)
-            state = jax.jit(partial(new_state, config, optimizer), out_shardings=born)()
+            state = jax.jit(partial(new_state, config, optimizer), out_shardings=born, donate_argnums=0)(model)
+            del model
 
         # Step.
         if start < steps and not stop.requested_anywhere():
@@ -112,6 +113,17 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                 is_due=lambda step: step in (1, steps) or step % training.log_every == 0 or diagnostics.is_due(step),
                 emit=emit,
             )
+
+            def evaluate_at(step: int) -> None:
+                result = evaluate(state.model, heldout, token_bytes, splits=training.accumulation)
+                if not math.isfinite(result.loss):
+                    raise NonFiniteError(f"step {step} is not finite (held-out loss {result.loss})")
+                row = {"kind": "eval", "step": step, "loss": result.loss}
+                emit(row | {"bits_per_byte": result.bits_per_byte} | meter.totals(step))
+
+            if training.init_from and not start:  # what was there before
+                with meter.paused():
+                    evaluate_at(0)
             step, stopping, asked = start, stop.requested_anywhere(), AnyProcess(mesh)
             try:
                 while step < steps and not stopping:
@@ -128,11 +140,7 @@ def train(config: Config, workdir: Path | str) -> dict[str, Any]:
                     if evaluating or saving:
                         with meter.paused():  # raises before anything that is not finite is evaluated or saved
                             if evaluating:
-                                result = evaluate(state.model, heldout, token_bytes, splits=training.accumulation)
-                                if not math.isfinite(result.loss):
-                                    raise NonFiniteError(f"step {step} is not finite (held-out loss {result.loss})")
-                                row = {"kind": "eval", "step": step, "loss": result.loss}
-                                emit(row | {"bits_per_byte": result.bits_per_byte} | meter.totals(step))
+                                evaluate_at(step)
                             if saving:
                                 checkpoints.save(step, state, batches, record | {"seconds": meter.seconds})
             except NonFiniteError as error:

@@ -27,9 +27,12 @@ class TrainState:
     """The run's typed random key. It stays as it is: whoever needs randomness folds `step` into it."""
 
 
-def new_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state before the first step; call it under `jax.jit` (born on the device) or `jax.eval_shape` (free)."""
-    model = Decoder(config.model, rngs=nnx.Rngs(config.seed))
+def new_state(config: Config, optimizer: optax.GradientTransformation, model: Decoder | None = None) -> TrainState:
+    """The state before the first step, of a fresh model if none is given.
+
+    Call it under `jax.jit` (born on the device) or `jax.eval_shape` (free).
+    """
+    model = model or Decoder(config.model, rngs=nnx.Rngs(config.seed))
     return TrainState(
         step=jnp.zeros((), jnp.int32), model=model, opt_state=optimizer.init(model), rng=jax.random.key(config.seed)
     )
