@@ -19,8 +19,6 @@ from absl import flags
 from attnres_jax.cli import launch
 from attnres_jax.interop.convert import convert, load_pair, verify
 from attnres_jax.interop.errors import InteropError
-from attnres_jax.interop.hub import copy_companions
-from attnres_jax.interop.pretrained import save_pretrained
 from attnres_jax.interop.report import inspect_text, verification_text
 from attnres_jax.interop.tokenizer import load_tokenizer
 
@@ -96,19 +94,9 @@ def _tokens(original: str, config) -> np.ndarray:
 
 def _export(workdir: str, directory: str) -> None:
     # The command line is a script and stands above training; the package itself does not.
-    from attnres_jax.training import restore_model
+    from attnres_jax.training import export_run
 
-    config, model, step = restore_model(workdir, STEP.value)
-    load_tokenizer(workdir)  # refuses a workdir that has lost its own
-    like = config.training.init_from or None
-    save_pretrained(
-        model,
-        directory,
-        like=like,  # whose dtypes are not those of training
-        dtype=DTYPE.value or ("float32" if like else None),
-        progress=True,
-        write_more=lambda folder: copy_companions(Path(workdir), folder),
-    )
+    step = export_run(workdir, directory, step=STEP.value, dtype=DTYPE.value, progress=True)
     print(f"{directory} written from step {step} of {workdir}")
 
 

@@ -7,6 +7,7 @@ from attnres_jax.training.checkpoints import (
     restore_text,
 )
 from attnres_jax.training.compilation import enable_compilation_cache
+from attnres_jax.training.export import export_run
 from attnres_jax.training.flops import forward_flops_per_token, training_flops_per_token
 from attnres_jax.training.host_memory import retain_host_memory
 from attnres_jax.training.loop import train
@@ -23,6 +24,7 @@ __all__ = [
     "TrainState",
     "WorkdirError",
     "enable_compilation_cache",
+    "export_run",
     "forward_flops_per_token",
     "learning_rate_schedule",
     "make_optimizer",

@@ -3,9 +3,10 @@
 import base64
 import json
 
+import numpy as np
 import pytest
 import regex
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from attnres_jax.interop import InteropError, load_tokenizer
 from attnres_jax.interop.tokenizer import KIMI_PATTERN, MAX_RUN
@@ -66,6 +67,54 @@ def test_tokenizer_json(fast):
     assert tokenizer.chat(MESSAGES) == "[BOS]<|im_user|>hi<|im_end|>\n<|im_assistant|>"
     ids = tokenizer.encode_chat(MESSAGES, add_generation_prompt=False)
     assert (ids[0], ids[1], ids[-2]) == (256, 259, 258)
+
+
+def test_documents_of_tokenizer_json(fast):
+    tokenizer = load_tokenizer(fast)
+    assert (tokenizer.size, tokenizer.end_id) == (261, 257)  # of tokenizer_config.json, before those of other files
+    text = "naïve 你好<|im_end|>"
+    (document,) = tokenizer.documents([text])
+    assert document.dtype == np.int32 and document.tolist() == [257, *tokenizer.encode(text), 257]
+    sizes = tokenizer.token_bytes(300)
+    assert sizes.shape == (300,) and sizes[document].sum() == len("naïve 你好".encode()) and not sizes[256:].any()
+    # What the tokenizer puts before a text begins it; an end that it puts behind is not written twice.
+    library = Tokenizer.from_file(str(fast / "tokenizer.json"))
+    around = [("[BOS]", 256), ("[EOS]", 257)]
+    library.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=around)
+    library.add_tokens(["<tool>"])  # with a meaning of its own and yet text
+    library.save(str(fast / "tokenizer.json"))
+    other = load_tokenizer(fast)
+    first, second = other.documents(["a<tool>", ""])
+    assert first.tolist() == [256, *tokenizer.encode("a"), 261, 257] and second.tolist() == [256, 257]
+    assert other.token_bytes(262)[first].tolist() == [0, 1, 6, 0] and other.digest != tokenizer.digest
+    (fast / "config.json").unlink()
+    (fast / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InteropError, match="names no token that ends a text"):
+        list(load_tokenizer(fast).documents(["a"]))
+
+
+def test_bytes_of_a_tokenizer_that_is_not_byte_level(tmp_path):
+    vocabulary = {"<0xE4>": 0, "<0xBD>": 1, "<0xA0>": 2, "\u2581": 3, "\u2581é": 4, "é": 5, "x": 6}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u2581", "é")], byte_fallback=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace(prepend_scheme="never")])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 6}))
+    (document,) = load_tokenizer(tmp_path).documents(["你 é"])
+    assert document.tolist() == [6, 0, 1, 2, 4, 6]
+    assert load_tokenizer(tmp_path).token_bytes(7)[document[1:-1]].sum() == len("你 é".encode())
+
+
+def test_documents_of_tiktoken_model(kimi):
+    tokenizer = load_tokenizer(kimi)
+    (document,) = tokenizer.documents(["hello 你"])
+    assert document.tolist() == [264, 259, 32, 262, 264]
+    assert tokenizer.token_bytes(600)[document].tolist() == [0, 5, 1, 3, 0]
+    digest = tokenizer.digest
+    (kimi / "chat_template.jinja").unlink()
+    assert load_tokenizer(kimi).digest == digest  # which decides no token of a document
+    (kimi / "tiktoken.model").write_bytes((kimi / "tiktoken.model").read_bytes() + base64.b64encode(b"zz") + b" 263\n")
+    assert load_tokenizer(kimi).digest != digest
 
 
 def test_tiktoken_model(kimi):
