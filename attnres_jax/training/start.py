@@ -18,10 +18,12 @@ def start_text(config: Config, workdir: Path) -> TextData:
     """The text of a run that begins; its tokenizer is put into the workdir, for good and as other libraries read it.
 
     Raises:
-      UserError: if the text or the tokenizer cannot be used.
+      UserError: if the text or the tokenizer cannot be used, or the model is not that of `training.init_from`.
     """
     if jax.process_index() != 0:
         return open_text(config, workdir)
+    if config.training.init_from:
+        _refuse_another_model(config)  # before the text, which may take long
     for name in COMPANIONS:  # left by a run that never began
         (workdir / name).unlink(missing_ok=True)
     if config.data.tokenizer:
@@ -48,25 +50,27 @@ def initial_model(config: Config, shapes: Decoder) -> Decoder:
     """The model of `training.init_from` under the run's depth rule, in float32, each parameter where `shapes` says.
 
     Raises:
-      ConfigError: if the run's model is another one.
       InteropError: if the directory cannot be loaded, or has depth weights of another rule.
     """
-    source, depth = config.training.init_from, config.model.depth
-    for key, (theirs, ours) in differences(pretrained_config(source, depth), config.model).items():
-        raise ConfigError(
-            f"model.{key}={ours!r} is {theirs!r} in training.init_from={source!r}; "
-            f"configs/finetune.py:model={source} asks for all that it has"
-        )
     born = {name: leaf.sharding for name, leaf in named_leaves(shapes).items()}
     loaded = load_pretrained(
-        source,
-        depth,
+        config.training.init_from,
+        config.model.depth,
         param_dtype="float32",
         sharding=lambda name, shape: born[name],
         progress=jax.process_index() == 0,
     )
     arrays = named_leaves(loaded)
     return jax.tree.unflatten(jax.tree.structure(shapes), [arrays[name] for name in born])
+
+
+def _refuse_another_model(config: Config) -> None:
+    source = config.training.init_from
+    for key, (theirs, ours) in differences(pretrained_config(source, config.model.depth), config.model).items():
+        raise ConfigError(
+            f"model.{key}={ours!r} is {theirs!r} in training.init_from={source!r}; "
+            f"configs/finetune.py:model={source} asks for all that it has"
+        )
 
 
 def _keep_given(name: str, workdir: Path) -> None:

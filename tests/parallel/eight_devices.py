@@ -29,7 +29,7 @@ from attnres_jax.config import (
     load_config,
 )
 from attnres_jax.data import load_text, train_iterator
-from attnres_jax.interop import load_pretrained
+from attnres_jax.interop import load_pretrained, pretrained_config
 from attnres_jax.layers import make_context, softmax_attention
 from attnres_jax.layers.softmax_attention import attend
 from attnres_jax.models import Decoder, named_leaves
@@ -42,11 +42,12 @@ from attnres_jax.parallel import (
     use_mesh,
     with_shardings,
 )
-from attnres_jax.training import make_optimizer, new_state, restore_model, train
+from attnres_jax.training import export_run, make_optimizer, new_state, restore_model, train
 from attnres_jax.training.checkpoints import Checkpoints, abstract_state
 from attnres_jax.training.loss import objective
 from attnres_jax.training.optimizer import learning_rate_schedule
 from attnres_jax.training.records import read_rows
+from attnres_jax.training.start import initial_model
 
 B, T, V, D = 8, 16, 64, 24
 
@@ -340,6 +341,25 @@ def test_a_run_goes_on_on_another_mesh(config, tmp_path):
     for name, leaf in named_leaves(split).items():
         assert leaf.sharding.is_equivalent_to(parameter_sharding(mesh, name, leaf.shape), leaf.ndim)
         np.testing.assert_array_equal(leaf, named_leaves(model)[name])
+
+
+def test_parameters_of_a_model_that_is_there_are_born_where_they_lie(config, tmp_path):
+    """The held-out loss before the first step on a mesh is that of the trained model, whose parameters it has."""
+    before = train(config, tmp_path / "run")
+    export_run(tmp_path / "run", tmp_path / "model")
+    start = dataclasses.replace(config.training, init_from=str(tmp_path / "model"))
+    tokens = dataclasses.replace(config.data, tokenizer=str(tmp_path / "model"))
+    further = dataclasses.replace(config, model=pretrained_config(tmp_path / "model"), training=start, data=tokens)
+    train(with_mesh(further, fsdp=2, tensor=2, context=2), tmp_path / "further")
+    first = read_rows(tmp_path / "further" / "metrics.jsonl")[0]
+    assert (first["kind"], first["step"]) == ("eval", 0)
+    assert first["loss"] == pytest.approx(before["final_loss"], rel=1e-5)
+    mesh = make_mesh(with_mesh(further, fsdp=4, tensor=2))
+    model = initial_model(further, abstract_state(further, mesh).model)
+    _, trained, _ = restore_model(tmp_path / "run")
+    for name, leaf in named_leaves(model).items():
+        assert leaf.sharding.is_equivalent_to(parameter_sharding(mesh, name, leaf.shape), leaf.ndim)
+        np.testing.assert_array_equal(leaf, named_leaves(trained)[name])
 
 
 def test_micro_batches_of_a_split_batch(config, tmp_path):
