@@ -155,7 +155,11 @@ def test_an_attnres_model_keeps_its_blocks_and_another_tokenizer_is_another_text
         (["training.init_from=nowhere"], InteropError, "'nowhere' is neither a directory nor a repository id"),
         (["data.tokenizer=nowhere"], InteropError, "'nowhere' is neither a directory nor a repository id"),
         (["data.tokenizer={fixture}"], InteropError, "llama has neither tokenizer.json nor tiktoken.model"),
-        (["model.vocab_size=279", "training.init_from="], ValueError, "model.vocab_size=279 has no room for the ids of data.tokenizer="),
+        (
+            ["model.vocab_size=279", "training.init_from="],
+            ValueError,
+            "model.vocab_size=279 has no room for the ids of data.tokenizer=",
+        ),
     ],
 )
 def test_what_does_not_fit_is_one_line(changes, error, message, released, overrides, tmp_path):
