@@ -66,8 +66,13 @@ def load_text(config: DataConfig, vocab_size: int, tokenizer: GivenTokenizer | N
     but does not match its own checksums is made again.
 
     Raises:
-      DataError: if the corpus, the vocabulary size or the cache folder cannot be used.
+      DataError: if the corpus, the vocabulary size or the cache folder cannot be used, or `config` names a tokenizer
+        and it is not given.
     """
+    if config.tokenizer and not tokenizer:
+        raise DataError(
+            f"data.tokenizer={config.tokenizer!r} is to be given, loaded; of a run, restore_text(workdir) does it"
+        )
     if tokenizer and tokenizer.size > vocab_size:
         raise DataError(
             f"model.vocab_size={vocab_size} has no room for the ids of data.tokenizer={config.tokenizer!r}; "

@@ -54,6 +54,36 @@ def test_tokenizer_sees_the_train_split_alone(tmp_path):
     assert "train" in vocabulary and "held" not in vocabulary
 
 
+class Bytes:
+    """A given tokenizer: an id a byte, from 1 on; 0 around a text."""
+
+    def __init__(self, digest="bytes", size=257):
+        self.digest, self.size = digest, size
+
+    def documents(self, texts):
+        return (np.array([0, *(byte + 1 for byte in text.encode()), 0], np.int32) for text in texts)
+
+    def token_bytes(self, vocab_size):
+        return np.isin(np.arange(vocab_size), range(1, 257)).astype(np.int32)
+
+
+def test_a_given_tokenizer_reads_the_text(make_corpus):
+    config = make_corpus(tokenizer="some/model")
+    text = load_text(config, 300, Bytes())
+    read = [bytes((document[1:-1] - 1).tolist()).decode() for document in (*text.train, *text.heldout)]
+    assert sorted(read) == sorted(document.text for document in open_corpus(config))
+    assert text.token_bytes.sum() == 256 and {path.name for path in entry(config).iterdir()} == {
+        *("checksums.json", "train_tokens.npy", "train_offsets.npy", "heldout_tokens.npy", "heldout_offsets.npy")
+    }
+    assert load_text(config, 300, Bytes()).fingerprint == text.fingerprint
+    own = load_text(dataclasses.replace(config, tokenizer=""), 300).fingerprint
+    assert len({text.fingerprint, load_text(config, 300, Bytes("others")).fingerprint, own}) == 3
+    with pytest.raises(DataError, match=r"model.vocab_size=300 has no room .*; nearest: model.vocab_size=301"):
+        load_text(config, 300, Bytes(size=301))
+    with pytest.raises(DataError, match="is to be given, loaded"):
+        load_text(config, 300)
+
+
 def test_second_call_reads_the_cache(small):
     text, config = small
     before = stamps(entry(config))
