@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from attnres_jax.layers.delta_rule import HIGHEST
 
 TILE = 8  # tokens whose levels are one masked product a level: more than needed, in one go (4 and 16 cost the same)
+UNROLLED = 8  # chunks at most between which states pass without a loop
 
 
 class Plan(NamedTuple):
@@ -97,10 +98,12 @@ def state_precision(row: tuple[Array, ...]) -> jax.lax.Precision | None:
 def lay_out(plan: Plan, x: Array) -> Array:
     """[B, T, H, ...] to [groups, G, B, H, C, ...]"""
     x = x.reshape(len(x), plan.groups, plan.group, plan.size, *x.shape[2:])
+    if len(x) == 1:  # XLA on CPU (jax 0.10.2) copies twice where an axis of one is moved along
+        return jnp.swapaxes(x[0], 2, 3)[:, :, None]
     return jnp.moveaxis(x, (1, 2, 0, 4, 3), (0, 1, 2, 3, 4))
 
 
 def row_of(x: Array) -> Array:
     """The reverse of `lay_out`."""
-    x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
+    x = jnp.swapaxes(x[:, :, 0], 2, 3)[None] if x.shape[2] == 1 else jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
     return x.reshape(len(x), -1, *x.shape[4:])

@@ -39,7 +39,7 @@ def delta_rule_chunkwise(
     segment_ids: Int[Array, "B T"] | None = None,
     *,
     chunk: int = 64,
-    group: int = 8,
+    group: int = 4,
     lower_bound: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.

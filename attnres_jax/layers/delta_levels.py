@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 
 from attnres_jax.layers.delta_algebra import (
     TILE,
+    UNROLLED,
     Plan,
     dot,
     everywhere,
@@ -85,7 +86,7 @@ def forward(plan, row, state, save):
             return after, (state, read[..., 1, :], new)
 
         chunks = (_reading(x, decays), decays.to_end * x.k, x.targets, inverse, decays.whole)
-        state, (states, read, new) = jax.lax.scan(pass_state, state, chunks)
+        state, (states, read, new) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
         return state, (read + matmul(scores, new, precision), (states, new, inverse, scores) if save else None)
 
     state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, state.dtype))
@@ -118,7 +119,7 @@ def backward(plan, row, saved, bars):
             return before, (state_bar, rows_bar)
 
         chunks = (reading, k_out, inverse, decays.whole, matmul(scores.mT, o_bar, precision), o_bar)
-        before, (state_bars, read_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
+        before, (state_bars, read_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True, unroll=UNROLLED)
 
         reading_bar = matmul_nt(read_bar, states, precision)
         k_out_bar = matmul_nt(new, state_bars, precision)

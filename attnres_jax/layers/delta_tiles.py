@@ -17,6 +17,7 @@ reads of S, and what a token of any but the last leaves in it.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from jaxtyping import Array, Bool, Float
 
 from attnres_jax.layers import delta_algebra
 from attnres_jax.layers.delta_algebra import (
+    UNROLLED,
     Plan,
     dot,
     everywhere,
@@ -111,8 +113,8 @@ def forward(plan, row, starts, state, save):
         faded, documents = _faded(x), _documents(x)
         strictly, lower = _masks(plan.size, documents)
         right_sides = _right_sides(faded)
-        inverse = _inverse(_where(strictly, _products(faded.k_in, right_sides)))
-        scores = _where(lower, _products(faded.q_in, right_sides))
+        products = _products(_rows(faded.k_in, faded.q_in), right_sides)
+        inverse, scores = _inverse(_where(strictly, products[0])), _where(lower, products[1])
         reading, writing = documents.first * faded.before, documents.last * faded.after
 
         def pass_state(state, chunk):
@@ -121,7 +123,7 @@ def forward(plan, row, starts, state, save):
             return whole * state + matmul_tn(k_write, new, precision), (state, new)
 
         chunks = (reading * faded.k_in, writing * faded.k_out, x.beta * x.v, inverse, documents.whole * faded.whole)
-        state, (states, new) = jax.lax.scan(pass_state, state, chunks)
+        state, (states, new) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
         read = matmul(reading * faded.q_in, states, precision) + matmul(scores, new, precision)
         return state, (read, (states, new, inverse, scores) if save else None)
 
@@ -169,15 +171,18 @@ def backward(plan, row, starts, saved, bars):
             matmul_tn(scores, o_bar, precision),
             matmul_tn(reading * faded.q_in, o_bar, precision),
         )
-        state_bar, (state_bars, targets_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True)
+        state_bar, (state_bars, targets_bar) = jax.lax.scan(
+            pass_state, state_bar, chunks, reverse=True, unroll=UNROLLED
+        )
 
         products_bar = _where(strictly, -matmul_nt(targets_bar, new, HIGHEST))
         scores_bar, own_bar = _where(strictly, matmul_nt(o_bar, new, HIGHEST)), dot(o_bar, new)[..., None]
-        right_sides = _right_sides(faded)
-        k_in_bar = _left_bar(products_bar, right_sides) - reading * matmul_nt(targets_bar, states, precision)
-        q_in_bar = _left_bar(scores_bar, right_sides) + reading * matmul_nt(o_bar, states, precision)
+        left, both_bar = _rows(faded.k_in, faded.q_in), _rows(products_bar, scores_bar)
+        k_in_bar, q_in_bar = _left_bar(both_bar, _right_sides(faded))
+        k_in_bar -= reading * matmul_nt(targets_bar, states, precision)
+        q_in_bar += reading * matmul_nt(o_bar, states, precision)
         written_bar = writing * matmul_nt(new, state_bars, precision)
-        k_out_bar = _right_bar(faded, products_bar, scores_bar)
+        k_out_bar = _right_bar(both_bar, left, faded.between)
 
         sums_bar = faded.k_in * k_in_bar + faded.q_in * q_in_bar - faded.k_out * k_out_bar
         whole_bar = (whole[..., 0] * dot(states, state_bars))[..., None, :]
@@ -254,32 +259,44 @@ def _right_sides(faded: Faded) -> list[Float[Array, "*batch tokens K"]]:
     return sides
 
 
-def _products(left: Float[Array, "*batch C K"], right_sides: list[Array]) -> Float[Array, "*batch C C"]:
-    """Of the rows of every tile with its right side; zeros to the right."""
-    size, rows = left.shape[-2], _cut(left, right_sides[0].shape[-2])
-    products = [matmul_nt(*pair, HIGHEST) for pair in zip(rows, right_sides, strict=True)]
+def _rows(of_k: Float[Array, "*batch C n"], of_q: Float[Array, "*batch C n"]) -> Float[Array, "*batch tiles rows n"]:
+    """What belongs to K_in and to Q_in, tile by tile: one product for both."""
+    tile = _tile(of_k.shape[-2])
+    return jnp.concatenate([tiles(of_k, tile), tiles(of_q, tile)], -2)
+
+
+def _both(rows: Sequence[Float[Array, "*batch rows n"]]) -> list[Float[Array, "*batch C n"]]:
+    """The reverse of `_rows`, from its tiles."""
+    return [jnp.concatenate(halves, -2) for halves in zip(*(jnp.split(x, 2, -2) for x in rows), strict=True)]
+
+
+def _products(rows: Float[Array, "*batch tiles rows K"], right_sides: list[Array]) -> list[Float[Array, "*batch C C"]]:
+    """Of every tile's rows with its right side; zeros to the right."""
+    size = right_sides[-1].shape[-2]
+    products = [matmul_nt(rows[..., tile, :, :], right, HIGHEST) for tile, right in enumerate(right_sides)]
     pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])  # noqa: E731
-    return jnp.concatenate([pad(x) for x in products], -2)
+    return _both([pad(x) for x in products])
 
 
-def _left_bar(products_bar: Float[Array, "*batch C C"], right_sides: list[Array]) -> Float[Array, "*batch C K"]:
-    """The cotangent of the left side from that of the products."""
-    rows = _cut(products_bar, right_sides[0].shape[-2])
-    pairs = zip(rows, right_sides, strict=True)
-    return jnp.concatenate([matmul(bar[..., : right.shape[-2]], right, HIGHEST) for bar, right in pairs], -2)
+def _left_bar(bars: Float[Array, "*batch tiles rows C"], right_sides: list[Array]) -> list[Float[Array, "*batch C K"]]:
+    """The cotangents of both left sides from those of the products."""
+    sides = enumerate(right_sides)
+    return _both([matmul(bars[..., tile, :, : right.shape[-2]], right, HIGHEST) for tile, right in sides])
 
 
-def _right_bar(faded: Faded, products_bar: Float[Array, "*batch C C"], scores_bar: Float[Array, "*batch C C"]):
+def _right_bar(
+    bars: Float[Array, "*batch tiles rows C"],
+    rows: Float[Array, "*batch tiles rows K"],
+    between: Float[Array, "*batch tiles K"],
+) -> Float[Array, "*batch C K"]:
     """The cotangent of K_out from those of both products, from the last tile to the first."""
-    tile = _tile(faded.k_out.shape[-2])
-    pairs = [tuple(_cut(x, tile) for x in pair) for pair in ((products_bar, faded.k_in), (scores_bar, faded.q_in))]
-    bars, passed = [], 0
-    for a in reversed(range(len(pairs[0][0]))):
-        end = (a + 1) * tile
-        bar = passed + sum(matmul_tn(bars_of[a][..., :end], left[a], HIGHEST) for bars_of, left in pairs)
-        bars.append(bar[..., -tile:, :])
-        passed = faded.between[..., a, None, :] * bar[..., :-tile, :]
-    return jnp.concatenate(bars[::-1], -2)
+    count, tile = rows.shape[-3], rows.shape[-2] // 2
+    parts, passed = [], 0
+    for a in reversed(range(count)):
+        bar = passed + matmul_tn(bars[..., a, :, : (a + 1) * tile], rows[..., a, :, :], HIGHEST)
+        parts.append(bar[..., -tile:, :])
+        passed = between[..., a, None, :] * bar[..., :-tile, :]
+    return jnp.concatenate(parts[::-1], -2)
 
 
 def _sums(later: Float[Array, "*batch C K"], earlier: Float[Array, "*batch C K"], documents: Documents):
