@@ -1,7 +1,7 @@
 """What the chunkwise delta rule of KDA saves over the token recurrence: time and memory, forward and backward.
 
     python benchmarks/kda.py                       # 2048 tokens, 4 heads of 64, float32
-    python benchmarks/kda.py --chunk=128 --group=4 --rounds=0
+    python benchmarks/kda.py --chunk=128 --rounds=0
     python benchmarks/kda.py --decays=100          # too strong to be taken from a tile's middle
     python benchmarks/kda.py --lower_bound=-5      # beside it as under K3's bounded gate: one form is compiled
     python benchmarks/kda.py --retain_host_memory  # with the memory that the trainer on CPU has, not glibc's default
