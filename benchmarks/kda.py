@@ -118,20 +118,20 @@ def forward_and_backward(form):
 
 
 def measure(passes: dict, arguments: tuple) -> tuple[dict, dict]:
-    """Seconds, and processor seconds of all threads, of every pass in every round; one round before does not count.
+    """Seconds, and processor seconds of all threads, of every pass in every round.
 
     In a round a pass runs twice, and the second time counts: beside the first the kernel may still take back what the
     pass before has freed, 400 MB after the recurrence.
     """
     seconds, processor = {key: [] for key in passes}, {key: [] for key in passes}
-    for _ in range(ROUNDS.value + 1):
+    for _ in range(ROUNDS.value):
         for key, compiled in passes.items():
             jax.block_until_ready(compiled(*arguments))
             started, busy = time.perf_counter(), time.process_time()
             jax.block_until_ready(compiled(*arguments))
             seconds[key].append(time.perf_counter() - started)
             processor[key].append(time.process_time() - busy)
-    return tuple({key: values[1:] for key, values in each.items()} for each in (seconds, processor))
+    return seconds, processor
 
 
 if __name__ == "__main__":

@@ -105,5 +105,5 @@ def lay_out(plan: Plan, x: Array) -> Array:
 
 def row_of(x: Array) -> Array:
     """The reverse of `lay_out`."""
-    x = jnp.swapaxes(x[:, :, 0], 2, 3)[None] if x.shape[2] == 1 else jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
+    x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
     return x.reshape(len(x), -1, *x.shape[4:])

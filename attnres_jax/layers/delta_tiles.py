@@ -245,17 +245,12 @@ def _around(count: int) -> np.ndarray:
     return np.concatenate([step <= tile, step > tile, np.ones((1, count + 1))]).astype(np.float32)
 
 
-def _cut(x: Float[Array, "*batch C K"], size: int) -> list[Float[Array, "*batch size K"]]:
-    """Tile by tile."""
-    return [x[..., start : start + size, :] for start in range(0, x.shape[-2], size)]
-
-
 def _right_sides(faded: Faded) -> list[Float[Array, "*batch tokens K"]]:
     """What the rows of a tile are multiplied with: K_out of the tokens up to its end, faded on to its middle."""
-    sides = []
-    for tile, k_out in enumerate(_cut(faded.k_out, _tile(faded.k_out.shape[-2]))):
+    k_out, sides = tiles(faded.k_out, _tile(faded.k_out.shape[-2])), []
+    for tile in range(k_out.shape[-3]):
         earlier = [faded.between[..., tile, None, :] * sides[-1]] if sides else []
-        sides.append(jnp.concatenate([*earlier, k_out], -2))
+        sides.append(jnp.concatenate([*earlier, k_out[..., tile, :, :]], -2))
     return sides
 
 
