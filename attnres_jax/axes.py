@@ -76,6 +76,11 @@ def mesh_platform() -> str | None:
     return device and device.platform
 
 
+def platform() -> str:
+    """Where the computation runs: not where it is traced, if there is a mesh."""
+    return mesh_platform() or jax.default_backend()
+
+
 def per_shard(f: Callable, ins: Sequence[Any], outs: Any) -> Callable:
     """`f` on each device's own part of its arguments, split as `ins` say; what it returns is put together by `outs`.
 

@@ -1,13 +1,14 @@
 """What both forms of the delta rule in chunks stand on: rows laid out in chunks, small products and triangles."""
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from attnres_jax.layers.delta_rule import HIGHEST
 
@@ -21,11 +22,27 @@ class Plan(NamedTuple):
     size: int
     group: int
     groups: int
+    rows: tuple[int, ...] = ()
+    """The batch axis of what is cut: none for one row, since with an axis of 1 XLA on CPU (jax 0.10.2) computes much
+    twice, in layouts that differ by nothing else."""
 
     @property
     def tokens(self) -> int:
         """Of the padded row."""
         return self.size * self.group * self.groups
+
+
+class Chunks(NamedTuple):
+    """A group of G chunks, or what belongs to it; chunk first since states pass from one to the next."""
+
+    q: Float[Array, "G *rows H C K"]
+    """q / sqrt(K)"""
+    k: Float[Array, "G *rows H C K"]
+    v: Float[Array, "G *rows H C V"]
+    log_decay: Float[Array, "G *rows H C K"]
+    beta: Float[Array, "G *rows H C 1"]
+    starts: Bool[Array, "G *rows 1 C"] | None
+    """Where documents begin; None: nowhere."""
 
 
 @functools.cache
@@ -90,20 +107,45 @@ def dot(a: Float[Array, "*batch K"], b: Float[Array, "*batch K"]) -> Float[Array
     return matmul(a * b, jnp.ones((a.shape[-1], 1), a.dtype), HIGHEST)[..., 0]
 
 
-def state_precision(row: tuple[Array, ...]) -> jax.lax.Precision | None:
-    """Of the products with states and values: half-precision values are not worth more than the fastest."""
-    return HIGHEST if row[2].dtype.itemsize >= 4 else None
+def groups_of(plan: Plan, x: Array | None) -> Array | None:
+    """[B, T, ...] to [groups, *rows, tokens, ...], to loop over; of nothing, nothing."""
+    if x is None:
+        return None
+    x = x.reshape(*plan.rows, plan.groups, -1, *x.shape[2:])
+    return jnp.moveaxis(x, len(plan.rows), 0)
+
+
+def row_of(plan: Plan, x: Array) -> Array:
+    """The reverse of `groups_of`."""
+    x = jnp.moveaxis(x, 0, len(plan.rows))
+    return x.reshape(math.prod(plan.rows), plan.tokens, *x.shape[len(plan.rows) + 2 :])
 
 
 def lay_out(plan: Plan, x: Array) -> Array:
-    """[B, T, H, ...] to [groups, G, B, H, C, ...]"""
-    x = x.reshape(len(x), plan.groups, plan.group, plan.size, *x.shape[2:])
-    if len(x) == 1:  # XLA on CPU (jax 0.10.2) copies twice where an axis of one is moved along
-        return jnp.swapaxes(x[0], 2, 3)[:, :, None]
-    return jnp.moveaxis(x, (1, 2, 0, 4, 3), (0, 1, 2, 3, 4))
+    """[*rows, tokens, H, ...] of a group to [G, *rows, H, C, ...]"""
+    rows = len(plan.rows)
+    x = x.reshape(*plan.rows, plan.group, plan.size, *x.shape[rows + 1 :])
+    return jnp.moveaxis(x, (rows, rows + 2), (0, rows + 1))
 
 
-def row_of(x: Array) -> Array:
+def lay_back(plan: Plan, x: Array) -> Array:
     """The reverse of `lay_out`."""
-    x = jnp.moveaxis(x, (0, 1, 2, 3, 4), (1, 2, 0, 4, 3))
-    return x.reshape(len(x), -1, *x.shape[4:])
+    rows = len(plan.rows)
+    x = jnp.moveaxis(x, (0, rows + 1), (rows, rows + 2))
+    return x.reshape(*plan.rows, -1, *x.shape[rows + 2 :])
+
+
+def chunks_of(plan: Plan, group: tuple[Array | None, ...], dtype) -> Chunks:
+    """From q, k, v, log decay, beta and starts of a group: in the loop, for copies of whole rows cost as much as a
+    tenth of all (XLA on CPU, jax 0.10.2) and stay in memory."""
+    q, k, v, log_decay, beta = (x.astype(dtype) for x in group[:-1])
+    laid = (q / math.sqrt(q.shape[-1]), k, v, log_decay, beta[..., None])
+    starts = None if group[-1] is None else lay_out(plan, group[-1][..., None])
+    return Chunks(*(lay_out(plan, x) for x in laid), starts)
+
+
+def chunks_of_transpose(plan: Plan, group: tuple[Array | None, ...], bars: Chunks) -> tuple[Array, ...]:
+    """Cotangents of the first five of the group from those of its chunks."""
+    q_bar, k_bar, v_bar, log_decay_bar, beta_bar = (lay_back(plan, bar) for bar in bars[:-1])
+    out = (q_bar / math.sqrt(q_bar.shape[-1]), k_bar, v_bar, log_decay_bar, beta_bar[..., 0])
+    return tuple(bar.astype(x.dtype) for bar, x in zip(out, group[:-1], strict=True))

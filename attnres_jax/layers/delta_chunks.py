@@ -19,14 +19,19 @@ first alone is compiled.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from attnres_jax.axes import platform
 from attnres_jax.layers import delta_levels, delta_tiles
-from attnres_jax.layers.delta_algebra import Plan
-from attnres_jax.layers.delta_rule import at_starts, document_starts, start_state
+from attnres_jax.layers.delta_algebra import Plan, groups_of, row_of
+from attnres_jax.layers.delta_rule import HIGHEST, at_starts, document_starts, start_state
+
+GROUP = 4  # chunks, where there is no reason for fewer
+CPU_GROUP_BYTES = 1 << 16  # up to it a core keeps a group in its cache, and XLA an operation on that core
 
 
 def delta_rule_chunkwise(
@@ -38,8 +43,8 @@ def delta_rule_chunkwise(
     initial_state: Float[Array, "B H K V"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     *,
-    chunk: int = 64,
-    group: int = 4,
+    chunk: int | None = None,
+    group: int | None = None,
     lower_bound: float | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The delta rule over a row of any length: what every token reads, in the dtype of `v`, and the final state.
@@ -54,19 +59,25 @@ def delta_rule_chunkwise(
       beta: how far the state's answer to a key is moved towards the value, in [0, 1].
       initial_state: the state before the first token, which belongs to the row's first document. None: zeros.
       segment_ids: documents, as runs of equal ids; each but the first starts from zeros. None: one document a row.
-      chunk: tokens C of a chunk, a power of two from 2 on.
-      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it.
+      chunk: tokens C of a chunk, a power of two from 2 on. None: half the width of keys, from 16 to 64.
+      group: chunks worked on at a time, all but the passing of states in parallel: memory grows with it. None: 4, and
+        on CPU what keeps an array of theirs within 64 KiB, or 1.
       lower_bound: what no log decay is below, where that is known: from -41 / 8 on one form is all that is compiled.
 
     Raises:
       ValueError: if `chunk` is not a power of two.
     """
+    if chunk is None:
+        chunk = max(16, min(64, _power_of_two(k.shape[-1]) // 2))  # it costs as much inside chunks as between them
     if chunk < 2 or chunk & (chunk - 1):
         raise ValueError(f"chunk={chunk} is no power of two from 2 on; the next is {max(2, _power_of_two(chunk))}")
     state, length = start_state(v, log_decay, initial_state), q.shape[1]
     size = min(chunk, max(2, _power_of_two(length)))
+    if group is None:
+        chunk_bytes = 4 * size * math.prod((len(k), *k.shape[2:]))
+        group = GROUP if platform() != "cpu" else min(GROUP, max(1, CPU_GROUP_BYTES // chunk_bytes))
     groups = -(-length // (size * group))
-    plan = Plan(size, -(-length // (size * groups)), groups)
+    plan = Plan(size, -(-length // (size * groups)), groups, () if len(q) == 1 else (len(q),))
     # A padded token keeps the state (g = 0) and writes nothing (beta = 0).
     pad = lambda x: jnp.pad(x, ((0, 0), (0, plan.tokens - length), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
     starts = None if segment_ids is None else pad(document_starts(segment_ids))
@@ -88,13 +99,14 @@ def _chunkwise(plan, always_mild, q, k, v, log_decay, beta, starts, state):
 
 def _forward(plan, always_mild, row, starts, state, save):
     """By whichever form the decays allow, which it saves too: the backward pass must not come to another verdict."""
-    mild, strong = _with_boundaries(row, starts)
-    is_mild = None if always_mild else delta_tiles.is_mild(plan, mild[3], state.dtype)
-    out, saved = _either(
-        is_mild,
-        lambda: delta_tiles.forward(plan, mild, starts, state, save),
-        lambda: delta_levels.forward(plan, strong, state, save),
-    )
+
+    def by(form, at_start):
+        groups, first = _groups_of(plan, row, starts, at_start), state.reshape(*plan.rows, *state.shape[1:])
+        (read, last), saved = form.forward(plan, groups, first, _state_precision(row), save)
+        return (row_of(plan, read).astype(row[2].dtype), last.reshape(state.shape)), saved
+
+    is_mild = None if always_mild else delta_tiles.is_mild(plan, at_starts(starts, row[3], 0.0), state.dtype)
+    out, saved = _either(is_mild, by)
     return out, (is_mild, saved)
 
 
@@ -106,24 +118,35 @@ def _chunkwise_forward(plan, always_mild, q, k, v, log_decay, beta, starts, stat
 
 def _chunkwise_backward(plan, always_mild, residuals, bars):
     row, starts, is_mild, saved = residuals
-    mild, strong = _with_boundaries(row, starts)
-    *row_bars, state_bar = _either(
-        is_mild,
-        lambda: delta_tiles.backward(plan, mild, starts, saved, bars),
-        lambda: delta_levels.backward(plan, strong, saved, bars),
-    )
-    row_bars[3] = at_starts(starts, row_bars[3], 0.0)
-    return *row_bars, None, state_bar
+    read_bar, state_bar = bars
+
+    def by(form, at_start):
+        groups, read_groups = _groups_of(plan, row, starts, at_start), groups_of(plan, read_bar)
+        last_bar = state_bar.reshape(*plan.rows, *state_bar.shape[1:])
+        bars, first_bar = form.backward(plan, groups, saved, read_groups, last_bar, _state_precision(row))
+        q_bar, k_bar, v_bar, log_decay_bar, beta_bar = (row_of(plan, bar) for bar in bars)
+        log_decay_bar = at_starts(starts, log_decay_bar, 0.0)
+        return q_bar, k_bar, v_bar, log_decay_bar, beta_bar, None, first_bar.reshape(state_bar.shape)
+
+    return _either(is_mild, by)
 
 
 _chunkwise.defvjp(_chunkwise_forward, _chunkwise_backward)
 
 
-def _either(is_mild, in_tiles, by_level):
-    """What the verdict says; without one, `in_tiles`, and the other is not in the program."""
+def _either(is_mild, by):
+    """By what the verdict says, and what it takes a document's first token to keep: all, for masks separate it, or
+    nothing; without a verdict in tiles, and the other form is not in the program."""
+    in_tiles, by_level = (lambda: by(delta_tiles, 0.0)), (lambda: by(delta_levels, -jnp.inf))
     return in_tiles() if is_mild is None else jax.lax.cond(is_mild, in_tiles, by_level)
 
 
-def _with_boundaries(row, starts):
-    """The row as the two forms take it: a document's first token keeps all, for a mask separates it, or nothing."""
-    return tuple((*row[:3], at_starts(starts, row[3], value), row[4]) for value in (0.0, -jnp.inf))
+def _groups_of(plan, row, starts, at_start) -> tuple[Array | None, ...]:
+    q, k, v, log_decay, beta = row
+    row = (q, k, v, at_starts(starts, log_decay, at_start), beta, starts)
+    return tuple(groups_of(plan, x) for x in row)
+
+
+def _state_precision(row) -> jax.lax.Precision | None:
+    """Of the products with states and values: half-precision values are not worth more than the fastest."""
+    return HIGHEST if row[2].dtype.itemsize >= 4 else None

@@ -9,7 +9,6 @@ the first token of a document separates it from the one before: no mask is neede
 """
 
 import functools
-import math
 from typing import NamedTuple
 
 import jax
@@ -20,17 +19,19 @@ from jaxtyping import Array, Float
 from attnres_jax.layers.delta_algebra import (
     TILE,
     UNROLLED,
+    Chunks,
     Plan,
+    chunks_of,
+    chunks_of_transpose,
     dot,
     everywhere,
+    lay_back,
     lay_out,
     level_masks,
     matmul,
     matmul_nt,
     merge,
     merge_inverse,
-    row_of,
-    state_precision,
     tile_inverse,
     tiles,
 )
@@ -40,41 +41,41 @@ FORGET = -1e4  # stands for -inf, which a product with zeros would turn into NaN
 
 
 class Inputs(NamedTuple):
-    """A group of G chunks, chunk first since states pass from one to the next."""
+    """What this form uses of `Chunks`."""
 
-    rows: Float[Array, "G B H C 2 K"]
+    rows: Float[Array, "G *rows H C 2 K"]
     """Token by token beta * k and q / sqrt(K): the left sides of L and P, and what reads the state, in one array."""
-    k: Float[Array, "G B H C K"]
-    targets: Float[Array, "G B H C V"]
+    k: Float[Array, "G *rows H C K"]
+    targets: Float[Array, "G *rows H C V"]
     """beta * v"""
-    log_decay: Float[Array, "G B H C K"]
-    own: Float[Array, "G B H C"]
+    log_decay: Float[Array, "G *rows H C K"]
+    own: Float[Array, "G *rows H C"]
     """The diagonal of P, on which nothing decays."""
 
 
 class Decays(NamedTuple):
     """What is left of a channel between two tokens of a chunk, in factors <= 1."""
 
-    tiles: Float[Array, "G B H tiles levels tile K"]
+    tiles: Float[Array, "G *rows H tiles levels tile K"]
     """At each level inside a tile: from the start of a token's block if that is a lower one, else to its end."""
     pairs: list[tuple[Array, Array]]
-    """At each level above, [G, B, H, pairs, s, K]: from the start of a lower block, to the end of an upper one."""
-    from_start: Float[Array, "G B H C K"]
+    """At each level above, [G, *rows, H, pairs, s, K]: from the start of a lower block, to the end of an upper one."""
+    from_start: Float[Array, "G *rows H C K"]
     """exp(G_i)"""
-    to_end: Float[Array, "G B H C K"]
+    to_end: Float[Array, "G *rows H C K"]
     """exp(G_C - G_i)"""
 
     @property
-    def whole(self) -> Float[Array, "G B H K"]:
+    def whole(self) -> Float[Array, "G *rows H K"]:
         """exp(G_C)"""
         return self.from_start[..., -1, :]
 
 
-def forward(plan, row, state, save):
+def forward(plan: Plan, row, state, precision, save):
     """(reads, final state); if to be saved, the states at the chunks' starts, V', (I + L)^-1 and P of every group."""
-    precision = state_precision(row)
 
-    def one_group(state, x):
+    def one_group(state, group):
+        x = _inputs(chunks_of(plan, group, state.dtype))
         decays = _decays(x.log_decay)
         inverse, scores = _within(x, decays)
 
@@ -85,15 +86,16 @@ def forward(plan, row, state, save):
             after = whole[..., None] * state + matmul(k_out.mT, new, precision)
             return after, (state, read[..., 1, :], new)
 
-        chunks = (_reading(x, decays), decays.to_end * x.k, x.targets, inverse, decays.whole)
-        state, (states, read, new) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
-        return state, (read + matmul(scores, new, precision), (states, new, inverse, scores) if save else None)
+        operands = (_reading(x, decays), decays.to_end * x.k, x.targets, inverse, decays.whole)
+        state, (states, read, new) = jax.lax.scan(pass_state, state, operands, unroll=UNROLLED)
+        read = lay_back(plan, read + matmul(scores, new, precision))
+        return state, (read, (states, new, inverse, scores) if save else None)
 
-    state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, state.dtype))
-    return (row_of(read).astype(row[2].dtype), state), saved
+    state, (read, saved) = jax.lax.scan(one_group, state, row)
+    return (read, state), saved
 
 
-def backward(plan, row, saved, bars):
+def backward(plan: Plan, row, saved, read_bar, state_bar, precision):
     """The derivative, group by group from the last (from the equations above; `x_bar` is the cotangent of x).
 
         V'_bar = P^T O_bar + K_out S_bar      e = (I + L)^-T V'_bar, the cotangent of beta * R
@@ -103,11 +105,11 @@ def backward(plan, row, saved, bars):
     with Q_in = exp(G) * Q, K_in = beta * exp(G) * K, K_out = exp(G_C - G) * K. A log decay takes, from every factor
     exp(sum) that it is in, the factor times the factor's cotangent: nothing is divided by a decay that may be zero.
     """
-    read_bar, state_bar = bars
-    precision, dtype = state_precision(row), state_bar.dtype
 
     def one_group(state_bar, inputs):
-        x, o_bar, (states, new, inverse, scores) = inputs
+        group, o_bar, (states, new, inverse, scores) = inputs
+        chunks, o_bar = chunks_of(plan, group, state_bar.dtype), lay_out(plan, o_bar.astype(state_bar.dtype))
+        x = _inputs(chunks)
         decays = _decays(x.log_decay)
         reading, k_out = _reading(x, decays), decays.to_end * x.k
 
@@ -118,25 +120,25 @@ def backward(plan, row, saved, bars):
             before = whole[..., None] * state_bar + matmul(reading.mT, rows_bar, precision)
             return before, (state_bar, rows_bar)
 
-        chunks = (reading, k_out, inverse, decays.whole, matmul(scores.mT, o_bar, precision), o_bar)
-        before, (state_bars, read_bar) = jax.lax.scan(pass_state, state_bar, chunks, reverse=True, unroll=UNROLLED)
+        operands = (reading, k_out, inverse, decays.whole, matmul(scores.mT, o_bar, precision), o_bar)
+        before, (state_bars, read_bar) = jax.lax.scan(pass_state, state_bar, operands, reverse=True, unroll=UNROLLED)
 
         reading_bar = matmul_nt(read_bar, states, precision)
         k_out_bar = matmul_nt(new, state_bars, precision)
         products_bar = matmul_nt(read_bar, new, HIGHEST)
         exponents_bar = (_both_kinds(reading * reading_bar), k_out * k_out_bar, decays.whole * dot(states, state_bars))
         rows_bar, k_bar, log_decay_bar = _within_transpose(x, decays, products_bar, *exponents_bar)
-        return before, Inputs(
+        bars = Inputs(
             rows_bar + decays.from_start[..., None, :] * _by_kind(reading_bar),
             k_bar + decays.to_end * k_out_bar,
             -_by_kind(read_bar)[..., 0, :],
             log_decay_bar,
             jnp.diagonal(_by_kind(products_bar)[..., 1, :], axis1=-2, axis2=-1),
         )
+        return before, chunks_of_transpose(plan, group, _inputs_transpose(chunks, bars))
 
-    groups = (_lay_out(plan, row, dtype), lay_out(plan, read_bar.astype(dtype)), saved)
-    state_bar, bars = jax.lax.scan(one_group, state_bar, groups, reverse=True)
-    return *_lay_out_transpose(row, bars), state_bar
+    state_bar, bars = jax.lax.scan(one_group, state_bar, (row, read_bar, saved), reverse=True)
+    return bars, state_bar
 
 
 def _decays(log_decay: Float[Array, "*batch C K"]) -> Decays:
@@ -154,12 +156,12 @@ def _decays(log_decay: Float[Array, "*batch C K"]) -> Decays:
     return Decays(jnp.exp(exponents[..., :-2, :, :]), pairs, jnp.exp(prefix), jnp.exp(suffix))
 
 
-def _reading(x: Inputs, decays: Decays) -> Float[Array, "G B H rows K"]:
+def _reading(x: Inputs, decays: Decays) -> Float[Array, "G *rows H rows K"]:
     """exp(G) * beta * K and exp(G) * Q, row by row in turn: what reads the state at the chunk's start."""
     return _faded(x.rows, decays.from_start)
 
 
-def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G B H C C"], Float[Array, "G B H C C"]]:
+def _within(x: Inputs, decays: Decays) -> tuple[Float[Array, "G *rows H C C"], Float[Array, "G *rows H C C"]]:
     """(I + L)^-1 and P."""
     masks, size = level_masks(decays.tiles.shape[-2]), decays.tiles.shape[-2]
     left, right = _tile_operands(x, decays)
@@ -296,21 +298,20 @@ def _interleave(upper: Array | None, lower: Array | None) -> Array:
     return x.reshape(*x.shape[:-4], -1, x.shape[-1])
 
 
-def _lay_out(plan: Plan, row: tuple[Array, ...], dtype) -> Inputs:
-    """The row by groups, chunks and heads, once for all: XLA would put it into everything that reads a group."""
-    q, k, v, log_decay, beta = (x.astype(dtype) for x in row)
-    q = q / math.sqrt(q.shape[-1])
-    laid = (beta[..., None] * v, jnp.maximum(log_decay, FORGET), dot(q, k))
-    rows = lay_out(plan, jnp.stack([beta[..., None] * k, q], -2))
-    return Inputs(rows, *(lay_out(plan, x) for x in (k, *laid)))
+def _inputs(x: Chunks) -> Inputs:
+    rows = jnp.stack([x.beta * x.k, x.q], -2)
+    return Inputs(rows, x.k, x.beta * x.v, jnp.maximum(x.log_decay, FORGET), dot(x.q, x.k))
 
 
-def _lay_out_transpose(row: tuple[Array, ...], bars: Inputs) -> tuple[Array, ...]:
-    """Cotangents of the row's arrays from those of `_lay_out`."""
-    q, k, v, _, beta = (x.astype(bars.k.dtype) for x in row)
-    rows, k_bar, targets, log_decay, own = (row_of(bar) for bar in bars)
-    beta_bar = dot(rows[..., 0, :], k) + dot(targets, v)
-    q_bar = (rows[..., 1, :] + own[..., None] * k) / math.sqrt(q.shape[-1])
-    k_bar += beta[..., None] * rows[..., 0, :] + own[..., None] * q / math.sqrt(q.shape[-1])
-    out = (q_bar, k_bar, beta[..., None] * targets, log_decay, beta_bar)
-    return tuple(bar.astype(x.dtype) for bar, x in zip(out, row, strict=True))
+def _inputs_transpose(x: Chunks, bars: Inputs) -> Chunks:
+    """Cotangents of the chunks from those of `_inputs`."""
+    k_bar, q_bar = bars.rows[..., 0, :], bars.rows[..., 1, :]  # of beta * k and q where they are rows
+    own = bars.own[..., None]
+    return Chunks(
+        q_bar + own * x.k,
+        bars.k + x.beta * k_bar + own * x.q,
+        x.beta * bars.targets,
+        bars.log_decay,
+        (dot(k_bar, x.k) + dot(bars.targets, x.v))[..., None],
+        None,
+    )

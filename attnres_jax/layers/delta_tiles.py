@@ -16,8 +16,6 @@ reads of S, and what a token of any but the last leaves in it.
 """
 
 import functools
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -28,17 +26,19 @@ from jaxtyping import Array, Bool, Float
 from attnres_jax.layers import delta_algebra
 from attnres_jax.layers.delta_algebra import (
     UNROLLED,
+    Chunks,
     Plan,
+    chunks_of,
+    chunks_of_transpose,
     dot,
     everywhere,
+    lay_back,
     lay_out,
     level_masks,
     matmul,
     matmul_nt,
     matmul_tn,
     merge_inverse,
-    row_of,
-    state_precision,
     tile_inverse,
     tiles,
 )
@@ -48,48 +48,35 @@ TILE = 16
 REACH = 41.0  # exponents up to it: in float32 exp(41) times itself and a long sum of such stay finite
 
 
-class Inputs(NamedTuple):
-    """A group of G chunks, chunk first since states pass from one to the next."""
-
-    q: Float[Array, "G B H C K"]
-    """q / sqrt(K)"""
-    k: Float[Array, "G B H C K"]
-    v: Float[Array, "G B H C V"]
-    log_decay: Float[Array, "G B H C K"]
-    beta: Float[Array, "G B H C 1"]
-    starts: Bool[Array, "G B 1 C"] | None
-    """Where documents begin; None: nowhere."""
-
-
 class Faded(NamedTuple):
     """What the products are of."""
 
-    k_in: Float[Array, "G B H C K"]
-    q_in: Float[Array, "G B H C K"]
-    k_out: Float[Array, "G B H C K"]
-    from_middle: Float[Array, "G B H C K"]
+    k_in: Float[Array, "G *rows H C K"]
+    q_in: Float[Array, "G *rows H C K"]
+    k_out: Float[Array, "G *rows H C K"]
+    from_middle: Float[Array, "G *rows H C K"]
     """exp(G_i - m)"""
-    to_token: Float[Array, "G B H C K"]
+    to_token: Float[Array, "G *rows H C K"]
     """exp(m - G_i)"""
-    between: Float[Array, "G B H tiles K"]
+    between: Float[Array, "G *rows H tiles K"]
     """exp(m_a - m_(a-1)), of the first tile exp(m_0)"""
-    before: Float[Array, "G B H C K"]
+    before: Float[Array, "G *rows H C K"]
     """exp(m), of a token's tile."""
-    after: Float[Array, "G B H C K"]
+    after: Float[Array, "G *rows H C K"]
     """exp(G_C - m)"""
-    whole: Float[Array, "G B H K 1"]
+    whole: Float[Array, "G *rows H K 1"]
     """exp(G_C)"""
 
 
 class Documents(NamedTuple):
     """Who has to do with whom, as factors 0 and 1 but for `same`; where no document begins, plain numbers."""
 
-    same: Bool[Array, "G B 1 C C"] | bool
-    first: Float[Array, "G B 1 C 1"] | float
+    same: Bool[Array, "G *rows 1 C C"] | bool
+    first: Float[Array, "G *rows 1 C 1"] | float
     """Tokens of the document that the chunk begins with."""
-    last: Float[Array, "G B 1 C 1"] | float
+    last: Float[Array, "G *rows 1 C 1"] | float
     """Tokens of the one that it ends with."""
-    whole: Float[Array, "G B 1 1 1"] | float
+    whole: Float[Array, "G *rows 1 1 1"] | float
     """Whether it is one document's."""
 
 
@@ -105,13 +92,13 @@ def allows(plan: Plan, lower_bound: float) -> bool:
     return lower_bound * (_tile(plan.size) // 2) >= -REACH
 
 
-def forward(plan, row, starts, state, save):
+def forward(plan: Plan, row, state, precision, save):
     """(reads, final state); if to be saved, S of every chunk, V', (I + L)^-1 and P of every group."""
-    precision = state_precision(row)
 
-    def one_group(state, x):
+    def one_group(state, group):
+        x = chunks_of(plan, group, state.dtype)
         faded, documents = _faded(x), _documents(x)
-        strictly, lower = _masks(plan.size, documents)
+        strictly, lower = _masks(x, documents)
         right_sides = _right_sides(faded)
         products = _products(_rows(faded.k_in, faded.q_in), right_sides)
         inverse, scores = _inverse(_where(strictly, products[0])), _where(lower, products[1])
@@ -125,13 +112,13 @@ def forward(plan, row, starts, state, save):
         chunks = (reading * faded.k_in, writing * faded.k_out, x.beta * x.v, inverse, documents.whole * faded.whole)
         state, (states, new) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
         read = matmul(reading * faded.q_in, states, precision) + matmul(scores, new, precision)
-        return state, (read, (states, new, inverse, scores) if save else None)
+        return state, (lay_back(plan, read), (states, new, inverse, scores) if save else None)
 
-    state, (read, saved) = jax.lax.scan(one_group, state, _lay_out(plan, row, starts, state.dtype))
-    return (row_of(read).astype(row[2].dtype), state), saved
+    state, (read, saved) = jax.lax.scan(one_group, state, row)
+    return (read, state), saved
 
 
-def backward(plan, row, starts, saved, bars):
+def backward(plan: Plan, row, saved, read_bar, state_bar, precision):
     """The derivative, group by group from the last (`x_bar` is the cotangent of x).
 
         V'_bar = P^T O_bar + (exp(G_C - G) * K) S_bar    e = (I + L)^-T V'_bar, the cotangent of beta * R
@@ -147,13 +134,12 @@ def backward(plan, row, starts, saved, bars):
     Where all that a decay takes is small, nothing large may cancel in it: P_ii has no decay and is not in these sums;
     and of what is written, G_C's less that of a token and all later ones, it takes that of the earlier ones.
     """
-    read_bar, state_bar = bars
-    precision, dtype = state_precision(row), state_bar.dtype
 
     def one_group(state_bar, inputs):
-        x, o_bar, (states, new, inverse, scores) = inputs
+        group, o_bar, (states, new, inverse, scores) = inputs
+        x, o_bar = chunks_of(plan, group, state_bar.dtype), lay_out(plan, o_bar.astype(state_bar.dtype))
         faded, documents = _faded(x), _documents(x)
-        strictly, _ = _masks(plan.size, documents)
+        strictly, _ = _masks(x, documents)
         reading, writing = documents.first * faded.before, documents.last * faded.after
         whole = documents.whole * faded.whole
 
@@ -187,7 +173,7 @@ def backward(plan, row, starts, saved, bars):
         sums_bar = faded.k_in * k_in_bar + faded.q_in * q_in_bar - faded.k_out * k_out_bar
         whole_bar = (whole[..., 0] * dot(states, state_bars))[..., None, :]
         rows_bar = faded.from_middle * k_in_bar  # of beta * k
-        return state_bar, Inputs(
+        bars = Chunks(
             faded.from_middle * q_in_bar + own_bar * x.k,
             faded.to_token * (k_out_bar + written_bar) + x.beta * rows_bar + own_bar * x.q,
             x.beta * targets_bar,
@@ -195,10 +181,10 @@ def backward(plan, row, starts, saved, bars):
             (dot(rows_bar, x.k) + dot(targets_bar, x.v))[..., None],
             None,
         )
+        return state_bar, chunks_of_transpose(plan, group, bars)
 
-    groups = (_lay_out(plan, row, starts, dtype), lay_out(plan, read_bar.astype(dtype)), saved)
-    state_bar, bars = jax.lax.scan(one_group, state_bar, groups, reverse=True)
-    return *_lay_out_transpose(row, bars), state_bar
+    state_bar, bars = jax.lax.scan(one_group, state_bar, (row, read_bar, saved), reverse=True)
+    return bars, state_bar
 
 
 def _tile(size: int) -> int:
@@ -206,7 +192,7 @@ def _tile(size: int) -> int:
     return min(TILE, size)
 
 
-def _faded(x: Inputs) -> Faded:
+def _faded(x: Chunks) -> Faded:
     size, tile = x.k.shape[-2], _tile(x.k.shape[-2])
     log_decay = tiles(x.log_decay, tile)
     exponents = matmul(everywhere(_from_middle(tile), log_decay), log_decay, HIGHEST)
@@ -254,41 +240,37 @@ def _right_sides(faded: Faded) -> list[Float[Array, "*batch tokens K"]]:
     return sides
 
 
-def _rows(of_k: Float[Array, "*batch C n"], of_q: Float[Array, "*batch C n"]) -> Float[Array, "*batch tiles rows n"]:
+def _rows(of_k: Float[Array, "*batch C n"], of_q: Float[Array, "*batch C n"]) -> list[Float[Array, "*batch rows n"]]:
     """What belongs to K_in and to Q_in, tile by tile: one product for both."""
-    tile = _tile(of_k.shape[-2])
-    return jnp.concatenate([tiles(of_k, tile), tiles(of_q, tile)], -2)
+    size, tile = of_k.shape[-2], _tile(of_k.shape[-2])
+    return [jnp.concatenate([x[..., i : i + tile, :] for x in (of_k, of_q)], -2) for i in range(0, size, tile)]
 
 
-def _both(rows: Sequence[Float[Array, "*batch rows n"]]) -> list[Float[Array, "*batch C n"]]:
-    """The reverse of `_rows`, from its tiles."""
+def _both(rows: list[Float[Array, "*batch rows n"]]) -> list[Float[Array, "*batch C n"]]:
+    """The reverse of `_rows`."""
     return [jnp.concatenate(halves, -2) for halves in zip(*(jnp.split(x, 2, -2) for x in rows), strict=True)]
 
 
-def _products(rows: Float[Array, "*batch tiles rows K"], right_sides: list[Array]) -> list[Float[Array, "*batch C C"]]:
+def _products(rows: list[Array], right_sides: list[Array]) -> list[Float[Array, "*batch C C"]]:
     """Of every tile's rows with its right side; zeros to the right."""
     size = right_sides[-1].shape[-2]
-    products = [matmul_nt(rows[..., tile, :, :], right, HIGHEST) for tile, right in enumerate(right_sides)]
+    products = [matmul_nt(left, right, HIGHEST) for left, right in zip(rows, right_sides, strict=True)]
     pad = lambda x: jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, size - x.shape[-1])])  # noqa: E731
     return _both([pad(x) for x in products])
 
 
-def _left_bar(bars: Float[Array, "*batch tiles rows C"], right_sides: list[Array]) -> list[Float[Array, "*batch C K"]]:
+def _left_bar(bars: list[Array], right_sides: list[Array]) -> list[Float[Array, "*batch C K"]]:
     """The cotangents of both left sides from those of the products."""
-    sides = enumerate(right_sides)
-    return _both([matmul(bars[..., tile, :, : right.shape[-2]], right, HIGHEST) for tile, right in sides])
+    pairs = zip(bars, right_sides, strict=True)
+    return _both([matmul(bar[..., : right.shape[-2]], right, HIGHEST) for bar, right in pairs])
 
 
-def _right_bar(
-    bars: Float[Array, "*batch tiles rows C"],
-    rows: Float[Array, "*batch tiles rows K"],
-    between: Float[Array, "*batch tiles K"],
-) -> Float[Array, "*batch C K"]:
-    """The cotangent of K_out from those of both products, from the last tile to the first."""
-    count, tile = rows.shape[-3], rows.shape[-2] // 2
+def _right_bar(bars: list[Array], rows: list[Array], between: Float[Array, "*batch tiles K"]) -> Array:
+    """The cotangent of K_out [*batch, C, K] from those of both products, from the last tile to the first."""
     parts, passed = [], 0
-    for a in reversed(range(count)):
-        bar = passed + matmul_tn(bars[..., a, :, : (a + 1) * tile], rows[..., a, :, :], HIGHEST)
+    for a in reversed(range(len(rows))):
+        tile = rows[a].shape[-2] // 2
+        bar = passed + matmul_tn(bars[a][..., : (a + 1) * tile], rows[a], HIGHEST)
         parts.append(bar[..., -tile:, :])
         passed = between[..., a, None, :] * bar[..., :-tile, :]
     return jnp.concatenate(parts[::-1], -2)
@@ -318,7 +300,7 @@ def _in_tile(tile: int) -> np.ndarray:
     return np.block([[np.triu(ones), np.tril(ones, -1)], [ones[:1], 0 * ones[:1]], [0 * ones[:1], ones[:1]]])
 
 
-def _documents(x: Inputs) -> Documents:
+def _documents(x: Chunks) -> Documents:
     if x.starts is None:
         return Documents(True, 1.0, 1.0, 1.0)
     begun = jnp.cumsum(x.starts.astype(jnp.int32), -1)
@@ -331,9 +313,9 @@ def _documents(x: Inputs) -> Documents:
     )
 
 
-def _masks(size: int, documents: Documents) -> tuple[Array, Array]:
+def _masks(x: Chunks, documents: Documents) -> tuple[Array, Array]:
     """Whose key a token reads: earlier ones of its document, and its own too."""
-    row, token = np.indices((size, size))
+    row, token = np.indices((x.k.shape[-2],) * 2)
     return documents.same & jnp.asarray(token < row), documents.same & jnp.asarray(token <= row)
 
 
@@ -356,17 +338,3 @@ def _inverse(products: Float[Array, "*batch C C"]) -> Float[Array, "*batch C C"]
         inverse = merge_inverse(inverse[..., 0::2, :, :], corner, inverse[..., 1::2, :, :])
         size *= 2
     return inverse[..., 0, :, :]
-
-
-def _lay_out(plan: Plan, row: tuple[Array, ...], starts, dtype) -> Inputs:
-    """The row by groups, chunks and heads, once for all: XLA would put it into everything that reads a group."""
-    q, k, v, log_decay, beta = (x.astype(dtype) for x in row)
-    laid = (q / math.sqrt(q.shape[-1]), k, v, log_decay, beta[..., None])
-    return Inputs(*(lay_out(plan, x) for x in laid), None if starts is None else lay_out(plan, starts[:, :, None]))
-
-
-def _lay_out_transpose(row: tuple[Array, ...], bars: Inputs) -> tuple[Array, ...]:
-    """Cotangents of the row's arrays from those of `_lay_out`."""
-    q_bar, k_bar, v_bar, log_decay_bar, beta_bar = (row_of(bar) for bar in bars[:-1])
-    out = (q_bar / math.sqrt(q_bar.shape[-1]), k_bar, v_bar, log_decay_bar, beta_bar[..., 0])
-    return tuple(bar.astype(x.dtype) for bar, x in zip(out, row, strict=True))

@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from attnres_jax.axes import mesh_axes_of, mesh_platform, per_shard
+from attnres_jax.axes import mesh_axes_of, per_shard, platform
 from attnres_jax.errors import ConfigError
 from attnres_jax.layers.context import Context
 
@@ -68,16 +68,16 @@ def implementation_for(name: str, query: Float[Array, "B T H K"]) -> str:
 
 def _obstacle(name: str, query: Float[Array, "B T H K"]) -> str:
     """What a kernel lacks to run where the computation does; empty: nothing."""
-    platform, (_, length, _, width) = _platform(), query.shape
+    here, (_, length, _, width) = platform(), query.shape
     parts = _parts(mesh_axes_of(length=length).get("length", ()))
     if name == "splash":
-        if platform != "tpu":
-            return f"a TPU, and this is a {platform}"
+        if here != "tpu":
+            return f"a TPU, and this is a {here}"
         if length // parts % BLOCKS[-1]:
             return f"a multiple of {BLOCKS[-1]} tokens on a device, not {length // parts}"
     if name == "cudnn":
-        if platform != "gpu":
-            return f"a GPU, and this is a {platform}"
+        if here != "gpu":
+            return f"a GPU, and this is a {here}"
         if query.dtype != jnp.bfloat16:
             return f"model.dtype='bfloat16', not {query.dtype.name!r}"
         if width % 8 or width > MAX_HEAD:
@@ -120,13 +120,8 @@ def _kernel(length: int, parts: int):
 
     block = next(size for size in BLOCKS if length // parts % size == 0)
     mask = splash.MultiHeadMask([splash.CausalMask((length, length), shard_count=parts)])  # of every head
-    sizes, interpret = splash.BlockSizes(*(block,) * 8), _platform() != "tpu"
+    sizes, interpret = splash.BlockSizes(*(block,) * 8), platform() != "tpu"
     return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
-
-
-def _platform() -> str:
-    """Where the computation runs: not where it is traced, if there is a mesh."""
-    return mesh_platform() or jax.default_backend()
 
 
 def _parts(axes: tuple[str, ...]) -> int:

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from numerics import HIGHEST, equations, precisions, worst
 
-from attnres_jax.layers import delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step, delta_tiles
+from attnres_jax.layers import delta_chunks, delta_rule_chunkwise, delta_rule_recurrence, delta_rule_step, delta_tiles
 from attnres_jax.layers.delta_algebra import Plan
 
 LENGTHS = (1, 63, 64, 65)
 FORGETTING = ("mild", "slow", "edge", "bound", "strong", "mixed")
+chunkwise = functools.partial(delta_rule_chunkwise, chunk=64)  # as the models', whose heads are wider
 IN_TILES = {"none", "mild", "slow", "edge", "bound"}  # the others are taken level by level
 
 
@@ -112,7 +113,7 @@ def test_chunks_equal_the_recurrence_in_float64(x64, length, kind):
     """Values, state and every gradient, with a state given."""
     inputs = example(length, kind, equal_keys=kind == "none")
     expected = with_gradients(delta_rule_recurrence, inputs)
-    assert worst(with_gradients(delta_rule_chunkwise, inputs), expected) < 1e-12
+    assert worst(with_gradients(chunkwise, inputs), expected) < 1e-12
 
 
 @pytest.mark.parametrize("kind", ["none", *FORGETTING])
@@ -126,12 +127,12 @@ def test_which_form_takes_which_decays(kind):
 
 def test_bounded_decays_compile_one_form_alone(x64):
     inputs = [np.maximum(x, -5) if i == 3 else x for i, x in enumerate(example(150, "strong"))]
-    bounded = functools.partial(delta_rule_chunkwise, lower_bound=-5.0)
+    bounded = functools.partial(chunkwise, lower_bound=-5.0)
     expected = with_gradients(delta_rule_recurrence, inputs)
     assert worst(with_gradients(bounded, inputs), expected) < 1e-12
 
     def choices(lower_bound):
-        form = functools.partial(delta_rule_chunkwise, lower_bound=lower_bound)
+        form = functools.partial(chunkwise, lower_bound=lower_bound)
         return str(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs)).count("cond[")
 
     assert [choices(bound) for bound in (None, -5.2, -5.0)] == [2, 2, 0]
@@ -141,7 +142,7 @@ def test_bounded_decays_compile_one_form_alone(x64):
 def test_levels_take_mild_decays_too(x64, kind, monkeypatch):
     monkeypatch.setattr(delta_tiles, "is_mild", lambda *_: jnp.asarray(False))
     inputs = example(150, kind)
-    by_level = lambda *inputs: delta_rule_chunkwise(*inputs)  # noqa: E731  (a program of its own)
+    by_level = lambda *inputs: chunkwise(*inputs)  # noqa: E731  (a program of its own)
     expected = with_gradients(delta_rule_recurrence, inputs)
     assert worst(with_gradients(by_level, inputs), expected) < 1e-12
 
@@ -154,6 +155,26 @@ def test_any_chunk_and_group(x64, chunk, group, kind):
     assert worst(with_gradients(form, inputs), with_gradients(delta_rule_recurrence, inputs)) < 1e-12
 
 
+@pytest.mark.parametrize(("keys", "chunk"), [(6, 16), (64, 32), (96, 64), (128, 64), (256, 64)])
+def test_a_chunk_is_half_as_long_as_keys_are_wide(keys, chunk):
+    inputs = example(128, batch=1, heads=1, keys=keys)
+    programs = [
+        str(jax.make_jaxpr(functools.partial(delta_rule_chunkwise, chunk=size))(*inputs)) for size in (None, chunk)
+    ]
+    assert programs[0] == programs[1]
+
+
+@pytest.mark.parametrize(("where", "heads", "group"), [("cpu", 2, 4), ("cpu", 4, 2), ("cpu", 24, 1), ("tpu", 24, 4)])
+def test_chunks_at_a_time(where, heads, group, monkeypatch):
+    """Of 64 KiB at most on CPU."""
+    monkeypatch.setattr(delta_chunks, "platform", lambda: where)
+    inputs = [jnp.asarray(x, jnp.float32) for x in example(256, batch=1, heads=heads, keys=64)]
+    programs = [
+        str(jax.make_jaxpr(functools.partial(delta_rule_chunkwise, group=size))(*inputs)) for size in (None, group)
+    ]
+    assert programs[0] == programs[1]
+
+
 @pytest.mark.parametrize("kind", FORGETTING)
 @pytest.mark.parametrize("equal_keys", [False, True])
 @pytest.mark.parametrize("length", [65, 200])
@@ -164,7 +185,7 @@ def test_float32_chunks_against_the_float64_recurrence(length, kind, equal_keys)
         # Of the same numbers: what rounding the inputs changes is not the method's.
         inputs = [np.float64(np.float32(x)) for x in inputs]
         expected = jax.tree.map(np.asarray, with_gradients(delta_rule_recurrence, inputs))
-    found = with_gradients(delta_rule_chunkwise, [jnp.asarray(x, jnp.float32) for x in inputs])
+    found = with_gradients(chunkwise, [jnp.asarray(x, jnp.float32) for x in inputs])
     assert all(x.dtype == jnp.float32 and bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(found))
     assert worst(jax.tree.map(np.float64, found), expected) < 1e-5
 
@@ -179,7 +200,7 @@ def test_small_numbers_keep_their_digits():
         return jax.grad(lambda *x: 1e-9 * sum(jnp.sum(jnp.cos(3e12 * y)) for y in form(*x)), argnums=range(6))(*inputs)
 
     expected = gradients(delta_rule_recurrence, *inputs)
-    assert worst(gradients(delta_rule_chunkwise, *inputs), expected) < 2e-5
+    assert worst(gradients(chunkwise, *inputs), expected) < 2e-5
 
 
 @pytest.mark.parametrize("value", [-200.0, -1e6, -np.inf])
@@ -187,7 +208,7 @@ def test_everything_forgotten_at_every_step(value):
     """A token then reads its own value alone; no gradient is NaN."""
     q, k, v, log_decay, beta, state = (jnp.asarray(x, jnp.float32) for x in example(70))
     inputs = (q, k, v, jnp.full_like(log_decay, value), beta, state)
-    (read, after), gradients = with_gradients(delta_rule_chunkwise, inputs)
+    (read, after), gradients = with_gradients(chunkwise, inputs)
     alone = jnp.sum(q * k, -1) * beta / np.sqrt(q.shape[-1])
     np.testing.assert_allclose(read, alone[..., None] * v, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
@@ -198,7 +219,7 @@ def test_everything_forgotten_at_every_step(value):
 
 @pytest.mark.parametrize(
     ("form", "kind"),
-    [(delta_rule_recurrence, "mixed"), (delta_rule_chunkwise, "mixed"), (delta_rule_chunkwise, "mild")],
+    [(delta_rule_recurrence, "mixed"), (chunkwise, "mixed"), (chunkwise, "mild")],
 )
 def test_packed_documents_equal_the_same_documents_alone(x64, form, kind):
     """Values and gradients; documents that end inside a chunk, at its end, and of one token."""
@@ -228,11 +249,19 @@ def test_packed_documents_equal_the_same_documents_alone(x64, form, kind):
     assert worst(state, own_state) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["mild", "mixed"])
+def test_rows_of_different_documents(x64, kind):
+    inputs = example(150, kind)
+    segment_ids = jnp.asarray(np.stack([np.repeat([1, 2, 3], [70, 16, 64]), np.repeat([5, 4], [1, 149])]))
+    expected = with_gradients(delta_rule_recurrence, inputs, segment_ids)
+    assert worst(with_gradients(chunkwise, inputs, segment_ids), expected) < 1e-12
+
+
 def test_gradients_are_causal(x64):
     """A token's read does not depend on later tokens, and does on earlier ones."""
     inputs = [jnp.asarray(x, jnp.float32) for x in example(70, batch=1, heads=1)]
     for t in (0, 15, 16, 40, 63, 69):
-        read_at = lambda *inputs, t=t: jnp.sum(delta_rule_chunkwise(*inputs)[0][:, t])  # noqa: E731
+        read_at = lambda *inputs, t=t: jnp.sum(chunkwise(*inputs)[0][:, t])  # noqa: E731
         for bar in jax.grad(read_at, argnums=(1, 2, 4))(*inputs):
             size = np.abs(bar).reshape(70, -1).max(-1)
             assert (size[: t + 1] > 0).all() and (size[t + 1 :] == 0).all()
@@ -242,7 +271,7 @@ def test_half_precision():
     """bfloat16 in and out, the state float32, and no worse than rounding the inputs makes it."""
     exact = example(130)
     inputs = [jnp.asarray(x, jnp.bfloat16) for x in exact[:3]] + [jnp.asarray(x, jnp.float32) for x in exact[3:]]
-    (read, state), gradients = with_gradients(delta_rule_chunkwise, inputs)
+    (read, state), gradients = with_gradients(chunkwise, inputs)
     assert read.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     assert [x.dtype for x in gradients] == [x.dtype for x in inputs]
     expected = with_gradients(delta_rule_recurrence, [x.astype(jnp.float32) for x in inputs])
@@ -254,7 +283,7 @@ def test_the_derivative_keeps_no_pairwise_decays():
     """Between the passes: the inputs, and a chunk and head a state [K, V], V' [C, V] and two matrices [C, C]."""
     batch, length, heads, keys, values, chunk = 1, 256, 2, 24, 20, 64
     inputs = [jnp.asarray(x, jnp.float32) for x in example(length, batch=batch, heads=heads, keys=keys, values=values)]
-    _, pullback = jax.vjp(lambda *x: delta_rule_chunkwise(*x, chunk=chunk, group=2), *inputs)
+    _, pullback = jax.vjp(lambda *x: chunkwise(*x, group=2), *inputs)
     kept = sum(x.size for x in jax.tree.leaves(pullback))
     row = sum(x.size for x in inputs)
     assert kept <= row + length // chunk * heads * batch * (keys * values + chunk * (values + 2 * chunk)) + 16
@@ -263,13 +292,13 @@ def test_the_derivative_keeps_no_pairwise_decays():
 def test_no_array_of_the_program_has_a_decay_for_every_pair_of_a_chunk():
     """No value of either pass, within loops too, is as large as [C, C, K] for each chunk and head in hand."""
     inputs = [jnp.asarray(x, jnp.float32) for x in example(128, batch=1, heads=1, keys=32, values=32)]
-    form = lambda *x: delta_rule_chunkwise(*x, group=1)  # noqa: E731
+    form = lambda *x: chunkwise(*x, group=1)  # noqa: E731
     program = equations(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs))
     largest = max(np.prod(out.aval.shape) for each in program for out in each.outvars)
     assert 64 * 64 < largest <= 64 * 64 * 32 / 4
 
 
-@pytest.mark.parametrize("form", [delta_rule_recurrence, delta_rule_chunkwise])
+@pytest.mark.parametrize("form", [delta_rule_recurrence, chunkwise])
 def test_float32_is_multiplied_at_highest_precision(form):
     inputs = [jnp.asarray(x, jnp.float32) for x in example(128)]
     assert precisions(jax.make_jaxpr(lambda *x: with_gradients.__wrapped__(form, x))(*inputs)) == {HIGHEST}
