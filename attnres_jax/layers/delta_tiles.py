@@ -93,7 +93,7 @@ def allows(plan: Plan, lower_bound: float) -> bool:
 
 
 def forward(plan: Plan, row, state, precision, save):
-    """(reads, final state); if to be saved, S of every chunk, V', (I + L)^-1 and P of every group."""
+    """(reads, final state); if to be saved, S of every chunk, V', (I + L)^-T and P^T of every group."""
 
     def one_group(state, group):
         x = chunks_of(plan, group, state.dtype)
@@ -105,14 +105,22 @@ def forward(plan: Plan, row, state, precision, save):
         reading, writing = documents.first * faded.before, documents.last * faded.after
 
         def pass_state(state, chunk):
-            k_read, k_write, targets, inverse, whole = chunk
+            k_read, q_read, k_write, targets, inverse, whole = chunk
             new = matmul(inverse, targets - matmul(k_read, state, precision), precision)
-            return whole * state + matmul_tn(k_write, new, precision), (state, new)
+            after = whole * state + matmul_tn(k_write, new, precision)
+            return after, (state, new, matmul(q_read, state, precision))
 
-        chunks = (reading * faded.k_in, writing * faded.k_out, x.beta * x.v, inverse, documents.whole * faded.whole)
-        state, (states, new) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
-        read = matmul(reading * faded.q_in, states, precision) + matmul(scores, new, precision)
-        return state, (lay_back(plan, read), (states, new, inverse, scores) if save else None)
+        chunks = (
+            reading * faded.k_in,
+            reading * faded.q_in,
+            writing * faded.k_out,
+            x.beta * x.v,
+            inverse,
+            documents.whole * faded.whole,
+        )
+        state, (states, new, read) = jax.lax.scan(pass_state, state, chunks, unroll=UNROLLED)
+        read = lay_back(plan, read + matmul(scores, new, precision))
+        return state, (read, (states, new, inverse.mT, scores.mT) if save else None)
 
     state, (read, saved) = jax.lax.scan(one_group, state, row)
     return (read, state), saved
@@ -136,7 +144,7 @@ def backward(plan: Plan, row, saved, read_bar, state_bar, precision):
     """
 
     def one_group(state_bar, inputs):
-        group, o_bar, (states, new, inverse, scores) = inputs
+        group, o_bar, (states, new, inverse_t, scores_t) = inputs
         x, o_bar = chunks_of(plan, group, state_bar.dtype), lay_out(plan, o_bar.astype(state_bar.dtype))
         faded, documents = _faded(x), _documents(x)
         strictly, _ = _masks(x, documents)
@@ -144,17 +152,17 @@ def backward(plan: Plan, row, saved, read_bar, state_bar, precision):
         whole = documents.whole * faded.whole
 
         def pass_state(state_bar, chunk):
-            k_read, k_write, inverse, whole, new_bar, reading_bar = chunk
-            targets_bar = matmul_tn(inverse, new_bar + matmul(k_write, state_bar, precision), precision)
+            k_read, k_write, inverse_t, whole, new_bar, reading_bar = chunk
+            targets_bar = matmul(inverse_t, new_bar + matmul(k_write, state_bar, precision), precision)
             before = whole * state_bar + reading_bar - matmul_tn(k_read, targets_bar, precision)
             return before, (state_bar, targets_bar)
 
         chunks = (
             reading * faded.k_in,
             writing * faded.k_out,
-            inverse,
+            inverse_t,
             whole,
-            matmul_tn(scores, o_bar, precision),
+            matmul(scores_t, o_bar, precision),
             matmul_tn(reading * faded.q_in, o_bar, precision),
         )
         state_bar, (state_bars, targets_bar) = jax.lax.scan(
