@@ -65,7 +65,7 @@ def test_latent_attention_by_splash(monkeypatch):
     ],
 )
 def test_the_kernel_is_that_of_the_devices(monkeypatch, name, platform, shape, dtype, expected):
-    monkeypatch.setattr(softmax_attention, "_platform", lambda: platform)
+    monkeypatch.setattr(softmax_attention, "platform", lambda: platform)
     assert implementation_for(name, jnp.zeros(shape, dtype)) == expected
 
 
@@ -81,7 +81,7 @@ def test_the_kernel_is_that_of_the_devices(monkeypatch, name, platform, shape, d
     ],
 )
 def test_a_kernel_that_cannot_run_is_one_line(monkeypatch, name, platform, shape, dtype, message):
-    monkeypatch.setattr(softmax_attention, "_platform", lambda: platform)
+    monkeypatch.setattr(softmax_attention, "platform", lambda: platform)
     with pytest.raises(ConfigError, match=f"model.attention='{name}' {message}") as raised:
         implementation_for(name, jnp.zeros(shape, dtype))
     assert "\n" not in str(raised.value)

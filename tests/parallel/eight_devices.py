@@ -257,7 +257,7 @@ def test_splash_attention_on_each_devices_own_queries(packed):
 
 @pytest.mark.parametrize("axis, kernel", [("context", "xla"), ("tensor", "cudnn")])
 def test_cudnn_is_given_whole_rows(monkeypatch, axis, kernel):
-    monkeypatch.setattr(softmax_attention, "_platform", lambda: "gpu")
+    monkeypatch.setattr(softmax_attention, "platform", lambda: "gpu")
     with use_mesh(mesh_of(ModelConfig(), **{axis: 2})):
         assert softmax_attention.implementation_for("auto", jnp.zeros((2, 64, 4, 32), jnp.bfloat16)) == kernel
 
