@@ -107,10 +107,8 @@ def dot(a: Float[Array, "*batch K"], b: Float[Array, "*batch K"]) -> Float[Array
     return matmul(a * b, jnp.ones((a.shape[-1], 1), a.dtype), HIGHEST)[..., 0]
 
 
-def groups_of(plan: Plan, x: Array | None) -> Array | None:
-    """[B, T, ...] to [groups, *rows, tokens, ...], to loop over; of nothing, nothing."""
-    if x is None:
-        return None
+def groups_of(plan: Plan, x: Array) -> Array:
+    """[B, T, ...] to [groups, *rows, tokens, ...], to loop over."""
     x = x.reshape(*plan.rows, plan.groups, -1, *x.shape[2:])
     return jnp.moveaxis(x, len(plan.rows), 0)
 

@@ -82,8 +82,9 @@ def delta_rule_chunkwise(
     pad = lambda x: jnp.pad(x, ((0, 0), (0, plan.tokens - length), *((0, 0),) * (x.ndim - 2)))  # noqa: E731
     starts = None if segment_ids is None else pad(document_starts(segment_ids))
     always_mild = lower_bound is not None and delta_tiles.allows(plan, lower_bound)
-    read, state = _chunkwise(plan, always_mild, *map(pad, (q, k, v, log_decay, beta)), starts, state)
-    return read[:, :length], state
+    first = state.reshape(*plan.rows, *state.shape[1:])
+    read, last = _chunkwise(plan, always_mild, *map(pad, (q, k, v, log_decay, beta)), starts, first)
+    return read[:, :length], last.reshape(state.shape)
 
 
 def _power_of_two(number: int) -> int:
@@ -93,7 +94,8 @@ def _power_of_two(number: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunkwise(plan, always_mild, q, k, v, log_decay, beta, starts, state):
-    """`delta_rule_chunkwise` of a row of `plan.tokens`, documents beginning at `starts` [B, T] if not None."""
+    """`delta_rule_chunkwise` of a row of `plan.tokens`, documents beginning at `starts` [B, T] if not None; states are
+    [*rows, H, K, V]."""
     return _forward(plan, always_mild, (q, k, v, log_decay, beta), starts, state, save=False)[0]
 
 
@@ -101,9 +103,9 @@ def _forward(plan, always_mild, row, starts, state, save):
     """By whichever form the decays allow, which it saves too: the backward pass must not come to another verdict."""
 
     def by(form, at_start):
-        groups, first = _groups_of(plan, row, starts, at_start), state.reshape(*plan.rows, *state.shape[1:])
-        (read, last), saved = form.forward(plan, groups, first, _state_precision(row), save)
-        return (row_of(plan, read).astype(row[2].dtype), last.reshape(state.shape)), saved
+        groups = _groups_of(plan, row, starts, at_start)
+        (read, last), saved = form.forward(plan, groups, state, _state_precision(row), save)
+        return (row_of(plan, read).astype(row[2].dtype), last), saved
 
     is_mild = None if always_mild else delta_tiles.is_mild(plan, at_starts(starts, row[3], 0.0), state.dtype)
     out, saved = _either(is_mild, by)
@@ -122,11 +124,10 @@ def _chunkwise_backward(plan, always_mild, residuals, bars):
 
     def by(form, at_start):
         groups, read_groups = _groups_of(plan, row, starts, at_start), groups_of(plan, read_bar)
-        last_bar = state_bar.reshape(*plan.rows, *state_bar.shape[1:])
-        bars, first_bar = form.backward(plan, groups, saved, read_groups, last_bar, _state_precision(row))
+        bars, first_bar = form.backward(plan, groups, saved, read_groups, state_bar, _state_precision(row))
         q_bar, k_bar, v_bar, log_decay_bar, beta_bar = (row_of(plan, bar) for bar in bars)
         log_decay_bar = at_starts(starts, log_decay_bar, 0.0)
-        return q_bar, k_bar, v_bar, log_decay_bar, beta_bar, None, first_bar.reshape(state_bar.shape)
+        return q_bar, k_bar, v_bar, log_decay_bar, beta_bar, None, first_bar
 
     return _either(is_mild, by)
 
@@ -144,7 +145,7 @@ def _either(is_mild, by):
 def _groups_of(plan, row, starts, at_start) -> tuple[Array | None, ...]:
     q, k, v, log_decay, beta = row
     row = (q, k, v, at_starts(starts, log_decay, at_start), beta, starts)
-    return tuple(groups_of(plan, x) for x in row)
+    return jax.tree.map(functools.partial(groups_of, plan), row)
 
 
 def _state_precision(row) -> jax.lax.Precision | None:

@@ -241,17 +241,18 @@ def _around(count: int) -> np.ndarray:
 
 def _right_sides(faded: Faded) -> list[Float[Array, "*batch tokens K"]]:
     """What the rows of a tile are multiplied with: K_out of the tokens up to its end, faded on to its middle."""
-    k_out, sides = tiles(faded.k_out, _tile(faded.k_out.shape[-2])), []
-    for tile in range(k_out.shape[-3]):
+    sides = []
+    for tile, k_out in enumerate(jnp.split(faded.k_out, faded.between.shape[-2], -2)):
         earlier = [faded.between[..., tile, None, :] * sides[-1]] if sides else []
-        sides.append(jnp.concatenate([*earlier, k_out[..., tile, :, :]], -2))
+        sides.append(jnp.concatenate([*earlier, k_out], -2))
     return sides
 
 
 def _rows(of_k: Float[Array, "*batch C n"], of_q: Float[Array, "*batch C n"]) -> list[Float[Array, "*batch rows n"]]:
     """What belongs to K_in and to Q_in, tile by tile: one product for both."""
-    size, tile = of_k.shape[-2], _tile(of_k.shape[-2])
-    return [jnp.concatenate([x[..., i : i + tile, :] for x in (of_k, of_q)], -2) for i in range(0, size, tile)]
+    count = of_k.shape[-2] // _tile(of_k.shape[-2])
+    pairs = zip(*(jnp.split(x, count, -2) for x in (of_k, of_q)), strict=True)
+    return [jnp.concatenate(pair, -2) for pair in pairs]
 
 
 def _both(rows: list[Float[Array, "*batch rows n"]]) -> list[Float[Array, "*batch C n"]]:
